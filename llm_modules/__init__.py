@@ -1,0 +1,1 @@
+"""LightningModules and the packages that they are put together from."""

@@ -1,0 +1,128 @@
+"""Floor 0: the typed batches that data hands to modules, and what an objective returns.
+
+Shape legend: B rows, T positions, N = B * T positions, D documents, M trained positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+IGNORE_INDEX = -100
+"""A label that is not trained: the value that torch's and transformers' cross-entropy skip."""
+
+
+@dataclass
+class TokenBatch:
+    """One micro-batch of token rows, in one of two layouts.
+
+    *Padded*: rows (B, T), padded on the right; ``document_offsets`` is None. A causal model never lets a real token
+    see right padding, so there is no attention mask: positions count on through the padding, labels there are ignored.
+
+    *Packed*: one row (1, N) without padding that holds D documents one after another. ``document_offsets`` (D + 1,)
+    int32 are the cumulative lengths (``cu_seqlens``): document d is ``[offsets[d], offsets[d + 1])``. Positions restart
+    at 0 in each document, and no document may see another.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        labels: (B, T) int64, *not* shifted: ``labels[b, t]`` is ``input_ids[b, t]`` where that token is to be
+            predicted, ``IGNORE_INDEX`` elsewhere. ``logprobs.next_token_targets`` shifts.
+        position_ids: (B, T) int64.
+        document_offsets: (D + 1,) int32, or None for the padded layout.
+        max_document: upper bound of a document's length in tokens (a constant of the run, so that compiled code does
+            not see a new value with each batch).
+        rows: the rows of the dataset that this micro-batch was made of, so that a bad batch can be named.
+        window: name of a count -> its sum over this rank's micro-batches of the accumulation window that the batch
+            belongs to (set by the loader, which looks one window ahead). Empty in validation.
+        padding: number of padding positions in ``input_ids``.
+        micro_step: place of this micro-batch in its accumulation window, from 0.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    document_offsets: Tensor | None = None
+    max_document: int = 0
+    rows: list[int] = field(default_factory=list)
+    window: dict[str, float] = field(default_factory=dict)
+    micro_step: int = 0
+    padding: int = 0
+
+    def counts(self) -> dict[str, float]:
+        """The denominators that this micro-batch contributes: ``{"tokens": trained targets}``."""
+        from llm_modules.logprobs import next_token_targets
+
+        return {"tokens": float((next_token_targets(self.labels, self.position_ids) != IGNORE_INDEX).sum())}
+
+    def tokens(self) -> tuple[int, int]:
+        """(positions computed, positions that are not padding)."""
+        computed = self.input_ids.numel()
+        return computed, computed - self.padding
+
+    def pin_memory(self) -> TokenBatch:
+        return self.apply(Tensor.pin_memory)
+
+    def apply(self, function: Any) -> TokenBatch:
+        """A copy in which ``function`` was applied to every tensor."""
+        changed = {f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **changed)
+
+
+class CountedBatch(Protocol):
+    """What the windowed loader needs of a batch, whatever its step shape."""
+
+    window: dict[str, float]
+    micro_step: int
+
+    def counts(self) -> Mapping[str, float]: ...
+
+
+@dataclass
+class TokenScores:
+    """What a language model says of M target tokens; all in fp32. Only trained positions are computed.
+
+    Attributes:
+        logprobs: (M,) log p(target | what came before).
+        index: (M,) int64 places of the targets' *predicting* positions in the flattened (B * T) batch.
+        log_normalizer: (M,) logsumexp of the logits (for z-loss), if asked for.
+        mean_logprob: (M,) mean over the vocabulary of log p (for label smoothing), if asked for.
+    """
+
+    logprobs: Tensor
+    index: Tensor
+    log_normalizer: Tensor | None = None
+    mean_logprob: Tensor | None = None
+
+
+@dataclass
+class Term:
+    """One additive part of a loss: its gradient is that of ``weight * sum / (count over the whole window)``.
+
+    Attributes:
+        sum: () the sum over this micro-batch, with its graph.
+        count: the name of the denominator, a key of the batch's ``counts()`` (tokens, pairs, answers, ...).
+        weight: the coefficient of the term in the total.
+    """
+
+    sum: Tensor
+    count: str
+    weight: float = 1.0
+
+
+@dataclass
+class ObjectiveOutput:
+    """Named terms (summed into the total) and detached sums that are only logged.
+
+    Attributes:
+        terms: name -> Term.
+        metrics: name -> (sum, count name); logged as sum / count over the window and all ranks.
+    """
+
+    terms: dict[str, Term]
+    metrics: dict[str, tuple[Tensor, str]] = field(default_factory=dict)

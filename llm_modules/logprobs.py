@@ -1,0 +1,189 @@
+"""Floor 0: the only place that shifts labels, gathers log-probabilities and sums over a mask.
+
+Shape legend: B rows, T positions, M target tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_modules.batch import IGNORE_INDEX
+
+DEFAULT_CHUNK = 512
+
+
+def next_token_targets(labels_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+    """What each position is to predict: ``targets[b, t] = labels[b, t + 1]``, or ``IGNORE_INDEX``.
+
+    The last position of a row predicts nothing, and neither does the last of a packed document: the next token starts
+    another document (its position is 0).
+    """
+    targets_BT = torch.full_like(labels_BT, IGNORE_INDEX)
+    starts = position_ids_BT[:, 1:] == 0
+    targets_BT[:, :-1] = labels_BT[:, 1:].masked_fill(starts, IGNORE_INDEX)
+    return targets_BT
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of ``values`` where ``mask`` holds; a NaN outside of the mask does not spread."""
+    return values.masked_fill(~mask.bool(), 0).sum()
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """What a model does to ``hidden @ weight.T + bias`` before the softmax: first the scale, then the soft-cap.
+
+    Attributes:
+        scale: logits are multiplied by it (Cohere's ``logit_scale``, 1 / Granite's ``logits_scaling``).
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Gradient before the transform, in place, of ``grad`` after it; ``logits`` are those after it."""
+        if self.softcap is not None:
+            grad.mul_(1 - (logits / self.softcap).square_())
+        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+
+
+def linear_logprobs(
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    targets_M: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    transform: HeadTransform = HeadTransform(),
+    uniform: bool = False,
+    statistics: bool = False,
+    chunk: int = DEFAULT_CHUNK,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probabilities of the targets under a linear head, without ever holding all the logits.
+
+    Computed in chunks of ``chunk`` targets, in autocast's dtype with an fp32 softmax; the backward computes the logits
+    again. With ``uniform``, the caller expects that every target gets the same upstream gradient (a sum or a mean of
+    all): the gradient is then made in the forward pass, which saves one of four matrix products. If the expectation
+    proves wrong, the logits are computed again: the result is right either way.
+
+    Args:
+        hidden_MH: (M, H) final hidden states at the predicting positions.
+        weight_VH: (V, H) weight of the head.
+        targets_M: (M,) token ids, none of them ``IGNORE_INDEX``.
+        bias_V: (V,) bias of the head.
+        statistics: also return the log-normalizer and the mean log-probability.
+
+    Returns:
+        logprobs (M,), and, with ``statistics``, logsumexp of the logits (M,) and mean log p over V (M,); all fp32.
+    """
+    device = hidden_MH.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MH.dtype
+    # In fp16 a gradient made before the loss scale is applied would underflow.
+    uniform = uniform and not statistics and dtype != torch.float16 and torch.is_grad_enabled()
+    logprobs, log_normalizer, mean_logprob = _LinearLogprobs.apply(
+        hidden_MH, weight_VH, bias_V, targets_M, transform, dtype, chunk, uniform
+    )
+    return (logprobs, log_normalizer, mean_logprob) if statistics else (logprobs, None, None)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Tensor,
+        transform: HeadTransform,
+        dtype: torch.dtype,
+        chunk: int,
+        uniform: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight = weight_VH.to(dtype)
+        outputs = torch.empty(3, len(targets_M), dtype=torch.float32, device=hidden_MH.device)
+        grads = _Gradients(ctx.needs_input_grad, hidden_MH, weight_VH, bias_V) if uniform else None
+        for start in range(0, len(targets_M), chunk):
+            part = slice(start, start + chunk)
+            hidden, targets = hidden_MH[part].to(dtype), targets_M[part, None]
+            logits = transform(_logits(hidden, weight, bias_V))
+            log_normalizer = logits.logsumexp(-1)
+            outputs[0, part] = logits.gather(-1, targets).squeeze(-1) - log_normalizer
+            outputs[1, part] = log_normalizer
+            if not uniform:
+                outputs[2, part] = logits.mean(-1) - log_normalizer
+            if grads is not None:
+                grad = _probabilities(logits, log_normalizer, keep=transform.softcap is not None).neg_()
+                grad.scatter_add_(-1, targets, torch.ones_like(grad[:, :1]))
+                grads.add(part, transform.backward_(grad, logits).to(dtype), hidden, weight)
+        ctx.settings = transform, dtype, chunk
+        ctx.grads = grads
+        ctx.save_for_backward(hidden_MH, weight_VH, bias_V, targets_M, outputs[1])
+        return outputs[0], outputs[1], outputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        hidden_MH, weight_VH, bias_V, targets_M, log_normalizer_M = ctx.saved_tensors
+        transform, dtype, chunk = ctx.settings
+        on_logprob, on_normalizer, on_mean = upstream
+        if ctx.grads is not None and len(on_logprob) and bool((on_logprob == on_logprob[0]).all()):
+            gradients, ctx.grads = ctx.grads, None  # scaled in place: a second backward must compute its own
+            return *gradients.scaled(on_logprob[0]), None, None, None, None, None
+        grads = _Gradients(ctx.needs_input_grad, hidden_MH, weight_VH, bias_V)
+        weight = weight_VH.to(dtype)
+        for start in range(0, len(targets_M), chunk):
+            part = slice(start, start + chunk)
+            hidden = hidden_MH[part].to(dtype)
+            logits = transform(_logits(hidden, weight, bias_V))
+            grad = _probabilities(logits, log_normalizer_M[part], keep=transform.softcap is not None)
+            on_log_p, on_mean_p = on_logprob[part, None], on_mean[part, None]
+            grad.mul_(on_normalizer[part, None] - on_log_p - on_mean_p).add_(on_mean_p / grad.shape[-1])
+            grad.scatter_add_(-1, targets_M[part, None], on_log_p)
+            grads.add(part, transform.backward_(grad, logits).to(dtype), hidden, weight)
+        return *grads.scaled(None), None, None, None, None, None
+
+
+class _Gradients:
+    """The gradients of a linear head, summed over chunks; the weight's in its own precision (fp32 under autocast)."""
+
+    def __init__(self, needed: tuple[bool, ...], hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> None:
+        self.hidden = torch.empty_like(hidden_MH) if needed[0] else None
+        self.weight = torch.zeros_like(weight_VH) if needed[1] else None
+        self.bias = torch.zeros_like(bias_V) if bias_V is not None and needed[2] else None
+
+    def add(self, part: slice, grad_MV: Tensor, hidden_MH: Tensor, weight_VH: Tensor) -> None:
+        if self.hidden is not None:
+            self.hidden[part] = grad_MV @ weight_VH
+        if self.weight is not None:
+            if self.weight.dtype == grad_MV.dtype:
+                self.weight.addmm_(grad_MV.T, hidden_MH)
+            else:
+                self.weight.add_(grad_MV.T @ hidden_MH)
+        if self.bias is not None:
+            self.bias.add_(grad_MV.sum(0))
+
+    def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        gradients = (self.hidden, self.weight, self.bias)
+        if factor is not None:
+            gradients = tuple(g if g is None else g.mul_(factor.to(g.dtype)) for g in gradients)
+        return gradients
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    return logits if bias is None else logits + bias.float()
+
+
+def _probabilities(logits: Tensor, log_normalizer: Tensor, keep: bool) -> Tensor:
+    """softmax from the log-normalizer; in place of the logits unless they are still needed (``keep``)."""
+    return (logits - log_normalizer[:, None]).exp_() if keep else logits.sub_(log_normalizer[:, None]).exp_()

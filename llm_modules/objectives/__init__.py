@@ -1,0 +1,5 @@
+"""Floor 1: objectives, pure tensor mathematics plugged in by ``class_path``."""
+
+from llm_modules.objectives.language import NextToken
+
+__all__ = ["NextToken"]
