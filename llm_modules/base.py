@@ -1,0 +1,289 @@
+"""Floor 3: LLMModule builds, optimizes, normalizes, logs and exports; what is left to a module is its forward passes.
+
+The gradient of an optimizer step is that of ``sum over terms of weight * (sum over the window and all ranks) / (count
+over the window and all ranks)``. The counts are known before the window's first backward (the loader sends them with
+each batch), so each micro-batch's part is exact by itself, whatever the micro-batch, packing or number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from llm_modules.batch import CountedBatch, ObjectiveOutput
+from llm_modules.model_card import write_model_card
+from llm_modules.optimizers import parameter_groups
+from llm_modules.schedules import RunSchedule
+from llm_modules.tokenizer import load_tokenizer
+from llm_modules.zoo import Backbone, CausalLM, describe_difference
+
+CHECKPOINT_KEY = "litrecipes"
+CHECKPOINT_FORMAT = 1
+
+
+class LLMModule(LightningModule):
+    """What all modules share.
+
+    Args:
+        backbone: the model: where it comes from and how it is built.
+        optimizer: class of the optimizer (``class_path`` and its arguments).
+        schedule: class of the learning-rate schedule, stepped once per optimizer step; None: constant.
+        tokenizer: folder, hub id or ``builtin:bytes`` (set once, at the top of the recipe).
+        sequence_length: longest row in tokens (set once, at the top of the recipe).
+        seed: of random weights and dropout (``seed_everything``).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: Callable[[Iterable], Optimizer],
+        schedule: Callable[[Optimizer], LRScheduler] | None,
+        tokenizer: str,
+        sequence_length: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.optimizer_factory = optimizer
+        self.schedule_factory = schedule
+        self.tokenizer_source = tokenizer
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.model: CausalLM | None = None
+        self._tokens_seen: Tensor | int = 0
+        self.flops_per_token: float | None = None
+        self._tokenizer: Any = None
+        self._window: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._validation: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def tokens_seen(self) -> int:
+        """Positions trained on so far over all ranks, without padding."""
+        return int(self._tokens_seen)
+
+    # --- building
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the data where there is any (with its chat template), else that of the config."""
+        if self._tokenizer is None:
+            data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+            self._tokenizer = getattr(data, "prepared_tokenizer", None) or load_tokenizer(self.tokenizer_source)
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Builds the model, once; the weights do not depend on the strategy or the rank."""
+        if self.model is not None:
+            return
+        precision = str(self._trainer.precision) if self._trainer is not None else "32-true"
+        self.model = self.backbone.build(
+            tokenizer=self.tokenizer, sequence_length=self.sequence_length, seed=self.seed, precision=precision
+        )
+        self.flops_per_token = self.model.flops_per_token(self.sequence_length)
+
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(self)
+        if not groups:
+            raise ValueError("model: no parameter is trainable; unfreeze some, or use `recipes validate`")
+        optimizer = self.optimizer_factory(groups)
+        if self.schedule_factory is None:
+            return optimizer
+        schedule = self.schedule_factory(optimizer)
+        if isinstance(schedule, RunSchedule):
+            schedule.bind(self.run_steps())
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def run_steps(self) -> int:
+        """The run's length in optimizer steps. (Lightning's own estimate would lose the loader's place on resume.)
+
+        Raises:
+            ValueError: the run has neither ``max_steps`` nor ``max_epochs``.
+        """
+        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
+        if epochs is not None and epochs > 0:
+            loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+            by_epochs = epochs * (len(loader) // self.trainer.accumulate_grad_batches)
+            steps = by_epochs if steps < 0 else min(steps, by_epochs)
+        if steps < 0:
+            raise ValueError(
+                "schedule: the run has no length; set trainer.max_steps or trainer.max_epochs, or schedule.total_steps"
+            )
+        return steps
+
+    # --- one optimizer step
+
+    def objective_step(self, batch: Any) -> ObjectiveOutput:
+        """The forward passes of one micro-batch and its terms; what a module is about."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seed_micro_step(batch.micro_step)
+        if batch.micro_step == 0:
+            self._window = self.global_counts(batch)
+        output = self.objective_step(batch)
+        total = sum(term.weight * term.sum / self._window[term.count] for term in output.terms.values())
+        assert isinstance(total, Tensor)
+        self._add_sums(output, batch)
+        if batch.micro_step == self.trainer.accumulate_grad_batches - 1:
+            self._log_window()
+        return total * self.cancel_averaging()
+
+    def cancel_averaging(self) -> float:
+        """The factor that undoes what Lightning and the strategy do to a loss that is already normalized.
+
+        Lightning divides by the number of micro-batches; data-parallel strategies take the mean over ranks.
+        """
+        return float(self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def global_counts(self, batch: CountedBatch) -> dict[str, Tensor]:
+        """The window's denominators over all ranks; each at least 1, so that an empty window has a zero gradient."""
+        names = sorted(batch.window)
+        if not names:
+            raise ValueError("data: training batches carry no window counts; use a loader of llm_modules.data")
+        for name in names:
+            if batch.window[name] == 0:
+                warnings.warn(
+                    f"step {self.global_step}, rank {self.global_rank}: no {name} to learn from", stacklevel=2
+                )
+        counts = torch.tensor([batch.window[name] for name in names], dtype=torch.float32, device=self.device)
+        return dict(zip(names, self.sum_over_ranks(counts).clamp(min=1), strict=True))
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return values
+        return self.trainer.strategy.reduce(values, reduce_op="sum")  # type: ignore[return-value]
+
+    def seed_micro_step(self, micro_step: int) -> None:
+        """Random numbers (dropout) are a function of seed, step and rank, so that no random state need be saved."""
+        place = f"{self.seed},{self.global_step},{micro_step},{self.global_rank}"
+        number = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=6).digest(), "big")
+        random.seed(number)
+        torch.manual_seed(number)
+
+    def _add_sums(self, output: ObjectiveOutput, batch: Any) -> None:
+        parts = {f"{name}|{term.count}": term.sum.detach() for name, term in output.terms.items()}
+        parts |= {f"{name}|{count}": value for name, (value, count) in output.metrics.items()}
+        parts["|tokens_seen"] = torch.tensor(float(batch.tokens()[1]), device=self.device)
+        for name, value in parts.items():
+            self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+
+    def _log_window(self) -> None:
+        """One reduction a step: the window's means over all ranks, and the tokens seen."""
+        names = sorted(self._sums)
+        totals = dict(zip(names, self.sum_over_ranks(torch.stack([self._sums[n] for n in names])), strict=True))
+        self._sums = {}
+        self._tokens_seen = self._tokens_seen + totals.pop("|tokens_seen")  # stays on the device: no wait for it
+        values = {key.split("|")[0]: value / self._window[key.split("|")[1]] for key, value in totals.items()}
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
+        self.log("lr", self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"], on_step=True, on_epoch=False)  # type: ignore[union-attr]
+        self.log("tokens_seen", self._tokens_seen, on_step=True, on_epoch=False)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips, and logs the norm of the gradient before it."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), norm)
+        elif gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # --- validation
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        output = self.objective_step(batch)
+        sums = self._validation.setdefault(stage, {})
+        parts = {f"{name}|{t.count}|{t.weight}": t.sum for name, t in output.terms.items()}
+        parts |= {f"{name}|{count}|0": value for name, (value, count) in output.metrics.items()}
+        parts |= {f"|{n}|count": torch.tensor(value, device=self.device) for n, value in batch.counts().items()}
+        for name, value in parts.items():
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.double()
+
+    def _log_evaluation(self, stage: str) -> None:
+        """Means over every row of every rank, each with its own denominator."""
+        sums = self._validation.pop(stage, {})
+        names = sorted(sums)
+        if not names:
+            return
+        totals = dict(zip(names, self.sum_over_ranks(torch.stack([sums[n] for n in names])).tolist(), strict=True))
+        counts = {name.split("|")[1]: total for name, total in totals.items() if name.endswith("|count")}
+        for key, total in totals.items():
+            name, count, _ = key.split("|")
+            if not name:
+                continue
+            if counts[count] == 0:
+                raise ValueError(f"data: the {stage} rows hold no {count} to measure; see `recipes show NAME --data`")
+            value = total / counts[count]
+            self.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, prog_bar=name == "loss")
+            if name == "nll":
+                self.log(f"{stage}/perplexity", math.exp(min(value, 700.0)), on_step=False, on_epoch=True)
+
+    # --- checkpoints and export
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.model is not None
+        checkpoint[CHECKPOINT_KEY] = {
+            "format": CHECKPOINT_FORMAT,
+            "module": f"{type(self).__module__}.{type(self).__qualname__}",
+            "backbone": self.model.description(),
+            "config": json.loads(self.model.hf.config.to_json_string(use_diff=False)),
+            "tokenizer": self.tokenizer_source,
+            "sequence_length": self.sequence_length,
+            "tokens_seen": self.tokens_seen,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(CHECKPOINT_KEY)
+        if saved is None:
+            raise ValueError("ckpt_path: not a checkpoint of LitRecipes (no 'litrecipes' entry in it)")
+        if saved["format"] > CHECKPOINT_FORMAT:
+            raise ValueError(f"ckpt_path: made by a newer LitRecipes (format {saved['format']}); update the package")
+        assert self.model is not None
+        if difference := describe_difference(saved["backbone"], self.model.description()):
+            raise ValueError(f"ckpt_path: a checkpoint of another model: {difference}")
+        self._tokens_seen = saved["tokens_seen"]
+
+    def export(self, folder: str | Path, info: dict[str, Any] | None = None) -> None:
+        """Writes an ordinary Hugging Face folder: weights, tokenizer, chat template, generation config, model card.
+
+        Args:
+            folder: made if missing.
+            info: facts for the model card: recipe, data, metrics, ...
+        """
+        assert self.model is not None
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(str(folder))
+        write_model_card(Path(folder), {"tokens_seen": self.tokens_seen, **(info or {})})

@@ -1,0 +1,37 @@
+"""Floor 0: the README.md of an exported model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_model_card(folder: Path, info: dict[str, Any]) -> Path:
+    """Writes ``folder/README.md`` with a YAML header and what is known of the training.
+
+    Args:
+        folder: the exported model.
+        info: ``recipe`` (name), ``data`` (list of sources), ``tokens_seen``, ``step``, ``metrics`` (name -> value),
+            ``config`` (resolved YAML text); whatever is missing is left out.
+    """
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
+    lines += [f"# {info.get('recipe', 'Language model')}", "", "Trained with LitRecipes.", ""]
+    facts = {"Recipe": "recipe", "Optimizer steps": "step", "Tokens seen": "tokens_seen", "Base model": "base"}
+    for title, key in facts.items():
+        if info.get(key) is not None:
+            value = info[key]
+            lines.append(f"- {title}: {value:,}" if isinstance(value, int) else f"- {title}: {value}")
+    if info.get("data"):
+        lines += ["", "## Data", "", *(f"- {json.dumps(source, ensure_ascii=False)}" for source in info["data"])]
+    if info.get("metrics"):
+        lines += ["", "## Metrics", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.6g} |" for name, value in sorted(info["metrics"].items())]
+    lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += ['model = AutoModelForCausalLM.from_pretrained("FOLDER")']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```"]
+    if info.get("config"):
+        lines += ["", "## Configuration", "", "```yaml", info["config"].rstrip(), "```"]
+    path = folder / "README.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

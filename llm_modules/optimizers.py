@@ -1,0 +1,140 @@
+"""Floor 0: optimizers that torch lacks, and how parameters are put into groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The trainable parameters in up to three groups, each with a ``kind``.
+
+    ``matrix``: hidden weights (two or more dimensions); ``embedding``: the weights of embeddings and of the output head;
+    ``vector``: norms and biases, without weight decay (as in GPT-3 and Llama: decay only pulls on what is multiplied).
+    """
+    lookup = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "vector": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            kind = "vector"
+        elif id(parameter) in lookup or "lm_head" in name.split(".") or "embed_out" in name.split("."):
+            kind = "embedding"
+        else:
+            kind = "matrix"
+        groups[kind].append(parameter)
+    return [
+        {"params": parameters, "kind": kind} | ({"weight_decay": 0.0} if kind == "vector" else {})
+        for kind, parameters in groups.items()
+        if parameters
+    ]
+
+
+class MuonAdamW(Optimizer):
+    """Muon for hidden matrices, AdamW for embeddings, the head, norms and biases, as one optimizer.
+
+    Muon orthogonalizes the momentum by Newton-Schulz iterations (Jordan et al. 2024; at scale arXiv 2502.16982, whose
+    section 2.2 gives ``match_rms_adamw``: the update is scaled by ``0.2 * sqrt(max(rows, columns))``, so that AdamW's
+    learning rate and weight decay carry over).
+
+    Args:
+        params: parameters, or groups with a ``kind``; those of kind ``matrix`` with two dimensions are Muon's. Without
+            kinds, every 2-D parameter is.
+        lr: learning rate of both parts.
+        weight_decay: decoupled weight decay of both parts.
+        momentum: Muon's momentum.
+        ns_steps: Newton-Schulz iterations.
+        betas: AdamW's.
+        eps: AdamW's.
+
+    Raises:
+        ValueError: a negative rate, decay or momentum.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}.items():
+            if value < 0:
+                raise ValueError(f"optimizer.{name}: {value} is negative; allowed: 0 or more")
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps,
+            "betas": tuple(betas), "eps": eps, "kind": None,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            muon = [p for p in with_gradient if group["kind"] in (None, "matrix") and p.ndim == 2]
+            taken = {id(p) for p in muon}
+            self._muon(group, muon)
+            self._adamw(group, [p for p in with_gradient if id(p) not in taken])
+        return loss
+
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, muon
+
+        if not parameters:
+            return
+        for parameter in parameters:
+            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        muon(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [self.state[p]["momentum_buffer"] for p in parameters],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            nesterov=True,
+            ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
+            ns_steps=group["ns_steps"],
+            eps=EPS,
+            adjust_lr_fn="match_rms_adamw",
+            has_complex=False,
+        )
+
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        from torch.optim.adamw import adamw
+
+        if not parameters:
+            return
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [],
+            [self.state[p]["step"] for p in parameters],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )

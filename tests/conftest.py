@@ -1,0 +1,35 @@
+"""Fixtures shared by all tests: offline, on the CPU, with models made from configs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    data = os.environ.get("LITRECIPES_DATA")
+    for item in items:
+        if "data" in item.keywords and not (data and Path(data).is_dir()):
+            item.add_marker(pytest.mark.skip(reason="needs real data: set LITRECIPES_DATA to its folder"))
+        if "gpu" in item.keywords:
+            import torch
+
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder of real data sets (tests marked ``data``)."""
+    return Path(os.environ["LITRECIPES_DATA"])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or leaves a cache in the user's home."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

@@ -1,0 +1,115 @@
+"""Log-probabilities against torch's own log-softmax and cross-entropy, in fp64 and through autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm_modules.batch import IGNORE_INDEX
+from llm_modules.logprobs import HeadTransform, linear_logprobs, masked_sum, next_token_targets
+
+TRANSFORMS = {
+    "plain": HeadTransform(),
+    "scale": HeadTransform(scale=0.37),
+    "softcap": HeadTransform(softcap=2.0),
+    "both": HeadTransform(scale=1.7, softcap=3.0),
+}
+
+
+def test_targets_are_the_next_labels() -> None:
+    labels = torch.tensor([[IGNORE_INDEX, 5, 6, 7]])
+    targets = next_token_targets(labels, torch.arange(4)[None])
+    assert targets.tolist() == [[5, 6, 7, IGNORE_INDEX]]
+
+
+def test_last_token_of_a_packed_document_predicts_nothing() -> None:
+    labels = torch.tensor([[1, 2, 3, 4, 5]])
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    assert next_token_targets(labels, positions).tolist() == [[2, 3, IGNORE_INDEX, 5, IGNORE_INDEX]]
+
+
+def test_masked_sum_keeps_nan_outside() -> None:
+    assert masked_sum(torch.tensor([1.0, float("nan"), 2.0]), torch.tensor([1, 0, 1])).item() == 3.0
+
+
+def inputs(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 8, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(31, 8, generator=generator, dtype=dtype, requires_grad=True)
+    offset = torch.randn(31, generator=generator, dtype=dtype, requires_grad=True) if bias else None
+    return hidden, weight, torch.randint(31, (23,), generator=generator), offset
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("upstream", ["uniform", "uniform-unexpected", "per-token", "wrongly-uniform"])
+def test_equals_log_softmax(name: str, bias: bool, upstream: str) -> None:
+    transform = TRANSFORMS[name]
+    hidden, weight, targets, offset = inputs(bias)
+    leaves = [leaf for leaf in (hidden, weight, offset) if leaf is not None]
+    factors = torch.full((23,), 0.3) if upstream.startswith("uniform") else torch.linspace(-1, 1, 23)
+    expected_logits = transform(F.linear(hidden, weight, offset))
+    expected = expected_logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    expected_gradients = torch.autograd.grad((expected * factors).sum(), leaves)
+    uniform = upstream in ("uniform", "wrongly-uniform")
+    actual, normalizer, mean = linear_logprobs(
+        hidden, weight, targets, offset, transform=transform, uniform=uniform, chunk=7
+    )
+    assert normalizer is None
+    assert mean is None
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-6, atol=1e-6)
+    for got, want in zip(torch.autograd.grad((actual * factors).sum(), leaves), expected_gradients, strict=True):
+        assert ((got - want).norm() / want.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_statistics_and_their_gradients(name: str) -> None:
+    transform = TRANSFORMS[name]
+    hidden, weight, targets, offset = inputs(bias=True)
+    assert offset is not None
+    leaves = [hidden, weight, offset]
+    logits = transform(F.linear(hidden, weight, offset))
+    a, b, c = (torch.linspace(low, 1, 23) for low in (-1, 0.1, -0.3))
+    logp = logits.log_softmax(-1)
+    total = (logp.gather(-1, targets[:, None])[:, 0] * a + logits.logsumexp(-1) * b + logp.mean(-1) * c).sum()
+    expected = torch.autograd.grad(total, leaves)
+    scores, normalizer, mean = linear_logprobs(
+        hidden, weight, targets, offset, transform=transform, statistics=True, uniform=True, chunk=5
+    )
+    assert normalizer is not None
+    assert mean is not None
+    torch.testing.assert_close(mean, logp.mean(-1).float(), rtol=1e-5, atol=1e-5)
+    actual = torch.autograd.grad((scores * a + normalizer * b + mean * c).sum(), leaves)
+    for got, want in zip(actual, expected, strict=True):
+        assert ((got - want).norm() / want.norm()).item() < 1e-6
+
+
+def test_second_backward_is_not_scaled_twice() -> None:
+    hidden, weight, targets, _ = inputs(bias=False)
+    total = linear_logprobs(hidden, weight, targets, uniform=True)[0].mean()
+    first = torch.autograd.grad(total, [hidden, weight], retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(total, [hidden, weight])
+    for got, want in zip(second, kept, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+
+
+def test_no_targets_give_zero_gradients() -> None:
+    hidden, weight, _, _ = inputs(bias=False)
+    logprobs, _, _ = linear_logprobs(hidden[:0], weight, torch.empty(0, dtype=torch.long), uniform=True)
+    logprobs.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_autocast_computes_in_bf16_and_keeps_fp32_gradients() -> None:
+    hidden, weight, targets, _ = inputs(bias=False, dtype=torch.float32)
+    exact = torch.autograd.grad(-F.cross_entropy(hidden @ weight.T, targets), [hidden, weight])
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _, _ = linear_logprobs(hidden, weight, targets, uniform=True)
+    assert logprobs.dtype == torch.float32
+    for got, want in zip(torch.autograd.grad(logprobs.mean(), [hidden, weight]), exact, strict=True):
+        assert got.dtype == torch.float32
+        assert 1e-6 < ((got - want).norm() / want.norm()).item() < 2e-2
