@@ -8,7 +8,7 @@ from typing import Any
 
 _MODULES = {"LanguageModelModule": "language_model", "LLMModule": "base"}
 
-__all__ = ["LLMModule", "LanguageModelModule"]  # noqa: F822 (found by __getattr__)
+__all__ = ["LLMModule", "LanguageModelModule"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from llm_modules.base import LLMModule
 from llm_modules.batch import ObjectiveOutput, TokenBatch
 from llm_modules.generation import Generator
 from llm_modules.logprobs import next_token_targets
-from llm_modules.objectives.language import NextToken
+from llm_modules.objectives.language import LanguageObjective, NextToken
 from llm_modules.zoo import Backbone
 
 
@@ -21,10 +21,10 @@ class LanguageModelModule(LLMModule):
 
     Args:
         backbone: the model: where it comes from and how it is built.
-        objective: a function of the trained tokens' log-probabilities.
+        objective: a function of the trained tokens' log-probabilities; None: ``NextToken``.
         optimizer: class of the optimizer (``class_path`` and its arguments).
         schedule: class of the learning-rate schedule, stepped once per optimizer step; None: constant.
-        generator: how `predict` generates.
+        generator: how `predict` generates; None: greedy.
         tokenizer: folder, hub id or ``builtin:bytes`` (set once, at the top of the recipe).
         sequence_length: longest row in tokens (set once, at the top of the recipe).
         seed: of random weights and dropout (``seed_everything``).
@@ -33,7 +33,7 @@ class LanguageModelModule(LLMModule):
     def __init__(
         self,
         backbone: Backbone,
-        objective: NextToken | None = None,
+        objective: LanguageObjective | None = None,
         optimizer: Callable[[Iterable], Optimizer] = AdamW,
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         generator: Generator | None = None,

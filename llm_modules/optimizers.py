@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """The trainable parameters in up to three groups, each with a ``kind``.
 
-    ``matrix``: hidden weights (two or more dimensions); ``embedding``: the weights of embeddings and of the output head;
+    ``matrix``: hidden weights (two or more dimensions); ``embedding``: the weights of embeddings and of the head;
     ``vector``: norms and biases, without weight decay (as in GPT-3 and Llama: decay only pulls on what is multiplied).
     """
     lookup = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

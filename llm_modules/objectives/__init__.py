@@ -1,5 +1,5 @@
 """Floor 1: objectives, pure tensor mathematics plugged in by ``class_path``."""
 
-from llm_modules.objectives.language import NextToken
+from llm_modules.objectives.language import LanguageObjective, NextToken
 
-__all__ = ["NextToken"]
+__all__ = ["LanguageObjective", "NextToken"]

@@ -5,7 +5,31 @@ from __future__ import annotations
 from llm_modules.batch import ObjectiveOutput, Term, TokenScores
 
 
-class NextToken:
+class LanguageObjective:
+    """What a step of ``LanguageModelModule`` minimizes: sums over the micro-batch's trained tokens.
+
+    An objective of your own is a subclass with ``__call__``; it returns terms that are *sums* and name their
+    denominator (``tokens``): the module divides by the count of the whole accumulation window over all ranks. Never
+    divide by a count of the micro-batch: the gradient would then depend on how the batch is cut, and the invariance
+    tests would say so.
+    """
+
+    needs_statistics: bool = False
+    """Whether the scores must hold the log-normalizer and the mean log-probability (costs memory and time)."""
+
+    uniform: bool = False
+    """Whether every token gets the same gradient, so that the head may make it in the forward pass (faster)."""
+
+    def __call__(self, scores: TokenScores) -> ObjectiveOutput:
+        """From M tokens' scores to terms.
+
+        Args:
+            scores: log-probabilities (M,) fp32 of the trained tokens, and statistics if asked for.
+        """
+        raise NotImplementedError
+
+
+class NextToken(LanguageObjective):
     """Next-token prediction: the mean negative log-likelihood of the trained tokens.
 
     Args:
@@ -25,16 +49,8 @@ class NextToken:
             raise ValueError(f"objective.z_loss: {z_loss} is negative; allowed: 0 (off) or more")
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether the scores must hold the log-normalizer and the mean log-probability."""
-        return self.label_smoothing > 0.0 or self.z_loss > 0.0
-
-    @property
-    def uniform(self) -> bool:
-        """Whether every token gets the same gradient, so that the head may make it in the forward pass."""
-        return not self.needs_statistics
+        self.needs_statistics = label_smoothing > 0.0 or z_loss > 0.0
+        self.uniform = not self.needs_statistics
 
     def __call__(self, scores: TokenScores) -> ObjectiveOutput:
         negative = -scores.logprobs.sum()
