@@ -1,1 +1,24 @@
+"""The zoo: from a name to a model (floor 2). Names are imported when they are first used."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_modules.zoo.backbone import Backbone
+    from llm_modules.zoo.causal_lm import CausalLM
+
+_WHERE = {
+    "Backbone": "backbone",
+    "CausalLM": "causal_lm",
+}
+
+__all__ = ["Backbone", "CausalLM"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -1,0 +1,95 @@
+"""A causal language model that scores target tokens: transformers' base model and our head.
+
+Shape legend: B rows, T positions, N = B * T, M trained positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from llm_modules.batch import IGNORE_INDEX, TokenScores
+from llm_modules.logprobs import DEFAULT_CHUNK
+from llm_modules.zoo.attention import training_layout
+from llm_modules.zoo.head import HeadKind, ScoringHead, head_transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class CausalLM(nn.Module):
+    """One forward pass from token ids to the log-probabilities of the trained tokens.
+
+    All weights are touched inside ``forward``, so that DDP, FSDP and tensor parallelism see every use of them.
+
+    Attributes:
+        hf: transformers' ``...ForCausalLM``; for generation, adapters and export.
+    """
+
+    def __init__(self, hf: PreTrainedModel, *, head: HeadKind = "chunked", head_chunk: int = DEFAULT_CHUNK) -> None:
+        super().__init__()
+        self.hf = hf
+        self.head = ScoringHead(head_transform(hf.config), kind=head, chunk=head_chunk)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        targets: Tensor,
+        document_offsets: Tensor | None = None,
+        max_document: int = 0,
+        *,
+        statistics: bool = False,
+        uniform: bool = False,
+    ) -> TokenScores:
+        """Score the targets that are not ``IGNORE_INDEX``.
+
+        Args:
+            input_ids: (B, T) int64, packed (B = 1) or padded on the right.
+            position_ids: (B, T) int64.
+            targets: (B, T) int64, what each position is to predict (already shifted).
+            document_offsets: (documents + 1,) int32 cumulative lengths of a packed row; None for padded rows.
+            max_document: upper bound of a document's length in tokens (packed rows).
+            statistics: also return the log-normalizer and the mean log-probability.
+            uniform: the caller will give every log-probability the same gradient (see ``linear_logprobs``).
+
+        Raises:
+            ValueError: ``document_offsets`` for a model whose attention does not keep documents apart.
+        """
+        hidden_BTH = self.hidden_states(input_ids, position_ids, document_offsets, max_document)
+        index = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
+        hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, index)
+        output = self.hf.get_output_embeddings()
+        logprobs, log_normalizer, mean_logprob = self.head(
+            hidden_MH,
+            output.weight,
+            targets.flatten().index_select(0, index),
+            getattr(output, "bias", None),
+            statistics=statistics,
+            uniform=uniform,
+        )
+        return TokenScores(logprobs, index, log_normalizer, mean_logprob)
+
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, document_offsets: Tensor | None = None, max_document: int = 0
+    ) -> Tensor:
+        """(B, T, H) final hidden states, after the last norm."""
+        layout: dict[str, Any] = {}
+        if document_offsets is not None:
+            longest = max_document or input_ids.shape[1]
+            layout = {
+                "cu_seq_lens_q": document_offsets,
+                "cu_seq_lens_k": document_offsets,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        with training_layout():
+            return self.hf.base_model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout
+            ).last_hidden_state
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an ordinary Hugging Face folder (config, generation config, safetensors)."""
+        self.hf.save_pretrained(folder)
