@@ -19,6 +19,10 @@ INCOMPLETE = "\ufffd"
 """What a decoder shows for bytes that are not (yet) a whole character."""
 
 
+class PromptTooLong(ValueError):
+    """The prompt and its answer do not fit into the model's positions."""
+
+
 @dataclass
 class Completion:
     """The answer to one prompt.

@@ -28,6 +28,7 @@ from llm_modules.generation.completion import (
     Completion,
     Detokenizer,
     Prompt,
+    PromptTooLong,
     cut,
     first_stop,
     possible_stop,
@@ -93,7 +94,7 @@ class Decoder:
         new = self.settings.max_new_tokens
         room = len(ids) if self.positions is None else self.positions - new
         if len(ids) > room and self.settings.too_long == "error":
-            raise ValueError(
+            raise PromptTooLong(
                 f"prompt {place}: {len(ids)} tokens and max_new_tokens={new} exceed the model's {self.positions} "
                 f"positions; shorten it, lower max_new_tokens, or set too_long: truncate"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,6 +67,7 @@ class Generator:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         problems = [
             f"{name}={getattr(self, name)!r} must be {allowed}"
             for name, holds, allowed in (
@@ -79,7 +80,11 @@ class Generator:
                 ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1: none)"),
                 ("num_beams", self.num_beams >= 2, "at least 2 (for one use strategy: greedy)"),
                 ("cache", self.cache in ("dynamic", "static"), "dynamic or static"),
-                ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of strings, none of them empty"),
+                (
+                    "stop",
+                    all(type(text) is str and text for text in self.stop),
+                    "a list of strings, none of them empty",
+                ),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("too_long", self.too_long in ("error", "truncate"), "error or truncate"),
             )
@@ -93,6 +98,15 @@ class Generator:
         ]
         if problems:
             raise ValueError("generation: " + "; ".join(problems))
+
+    def _check_types(self) -> None:
+        """Whole numbers become floats where a float is meant, as YAML's 1 for 1.0 is; anything else is an error."""
+        for item in fields(self):
+            value, kind = getattr(self, item.name), type([] if item.name == "stop" else item.default)
+            if kind is float and type(value) is int:
+                setattr(self, item.name, float(value))
+            elif type(value) is not kind:
+                raise ValueError(f"generation: {item.name}={value!r} must be of type {kind.__name__}")
 
     def generate(
         self,
@@ -143,6 +157,26 @@ class Generator:
         """Places of the prompts of each batch, sorted by length, so that little padding is computed."""
         order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
         return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def predict(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Rows of a predictions file for a batch of the data's predict loader.
+
+        Args:
+            batch: ``prompts``, and lists beside it: ``rows`` (their numbers), ``references`` (answers known to be good).
+        """
+        completions = self.generate(model, tokenizer, batch["prompts"], batch["rows"])
+        return [
+            {
+                "row": completion.row,
+                "prompt": prompt,
+                "completion": completion.text,
+                "finish_reason": completion.finish_reason,
+                "completion_tokens": len(completion.token_ids),
+                "reference": reference,
+                **({"logprob": completion.logprob} if self.logprobs else {}),
+            }
+            for prompt, reference, completion in zip(batch["prompts"], batch["references"], completions, strict=True)
+        ]
 
     def stream(
         self,
