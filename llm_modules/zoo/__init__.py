@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_modules.zoo.backbone import Backbone
     from llm_modules.zoo.causal_lm import CausalLM
+    from llm_modules.zoo.description import describe_difference
 
 _WHERE = {
     "Backbone": "backbone",
     "CausalLM": "causal_lm",
+    "describe_difference": "description",
 }
 
-__all__ = ["Backbone", "CausalLM"]
+__all__ = ["Backbone", "CausalLM", "describe_difference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,10 @@
 """Attention for packed documents, registered with transformers under the name ``packed``.
 
-One function serves every architecture that calls transformers' attention interface. Documents laid out one after another
-in one row (``cu_seq_lens_q`` among the keyword arguments) attend causally to themselves only, and no N x N mask or score
-matrix is ever made. Rows that are padded on the right need no mask at all. Whatever else comes (left padding, caches) has
-a mask from ``packed_mask`` and goes the way of transformers' own ``sdpa``, so that generation works through the same
-model.
+One function serves every architecture that calls transformers' attention interface. Documents laid out one after
+another in one row (``cu_seq_lens_q`` among the keyword arguments) attend causally to themselves only, and no N x N mask
+or score matrix is ever made. Rows that are padded on the right need no mask at all. Whatever else comes (left padding,
+caches) has a mask from ``packed_mask`` and goes the way of transformers' own ``sdpa``, so that generation works through
+the same model.
 
 Shape legend: B rows, N positions, H query heads, K key/value heads, G = H / K, D head size, L positions of a document.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -291,7 +292,7 @@ def _blocks(query_BKGND: Tensor, offsets: Tensor | None, window: int | None) -> 
     ends = [0, query_BKGND.shape[3]] if offsets is None else offsets.tolist()
     places = torch.arange(_BLOCK, device=query_BKGND.device)
     future = places[None, :] > places[:, None]
-    for start, stop in zip(ends, ends[1:], strict=False):
+    for start, stop in pairwise(ends):
         for first in range(start, stop, _BLOCK):
             last = min(first + _BLOCK, stop)
             size = last - first

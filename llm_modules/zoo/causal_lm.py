@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llm_modules.batch import IGNORE_INDEX, TokenScores
 from llm_modules.logprobs import DEFAULT_CHUNK
 from llm_modules.zoo.attention import training_layout
+from llm_modules.zoo.description import describe
 from llm_modules.zoo.head import HeadKind, ScoringHead, head_transform
 
 if TYPE_CHECKING:
@@ -89,6 +90,14 @@ class CausalLM(nn.Module):
             return self.hf.base_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout
             ).last_hidden_state
+
+    def description(self) -> dict[str, Any]:
+        """What this model is, for checkpoints (see ``description.describe``)."""
+        return describe(self.hf)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Training FLOPs a token at this document length (see ``estimate``)."""
+        return float(6 * sum(p.numel() for p in self.hf.parameters()))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (config, generation config, safetensors)."""
