@@ -1,0 +1,269 @@
+"""Why a config does not fit: every wrong key and value with its place, found by walking config and signatures together.
+
+jsonargparse checks the config; what it says of a nested mistake is a page of alternatives. This walks down to the
+mistake itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from recipes.compose import LINKED, Composed
+from recipes.errors import UserError, nearest, one_line
+from recipes.yaml_tree import Key, dotted
+
+
+@dataclass(frozen=True)
+class Field:
+    """One argument of a class as jsonargparse sees it.
+
+    Attributes:
+        type: its type hint.
+        default: its default; `inspect.Parameter.empty` where it must be given.
+        help: its line of the class's docstring.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+def fields_of(kind: Any, skip: int = 0) -> dict[str, Field]:
+    """The arguments of a class or function, those that it passes on to its bases included.
+
+    Args:
+        skip: so many of the first ones are given by others (an optimizer's parameters).
+    """
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_class_arguments(kind, fail_untyped=False, skip={skip} if skip else set())
+    return {action.dest: _field(action.dest, action) for action in _actions(parser) if "." not in action.dest}
+
+
+def group_fields(parser: ArgumentParser, group: str) -> dict[str, Field]:
+    """The arguments below one top-level key of the parser (`trainer`)."""
+    actions = {a.dest.removeprefix(f"{group}."): a for a in _actions(parser) if a.dest.startswith(f"{group}.")}
+    return {name: _field(name, action) for name, action in actions.items() if "." not in name}
+
+
+def _actions(parser: ArgumentParser) -> list[argparse.Action]:
+    hidden = ("help", "config", "print_config", "print_shtab")
+    return [a for a in parser._actions if a.dest.split(".")[-1] not in hidden and a.dest != argparse.SUPPRESS]
+
+
+def _field(name: str, action: argparse.Action) -> Field:
+    kind = getattr(action, "_typehint", None)
+    if kind is None:
+        kind = action.type if action.type is not None else Any
+    required = getattr(action, "_required", False) or action.required
+    default = inspect.Parameter.empty if required else action.default
+    text = "" if action.help in (None, argparse.SUPPRESS) else one_line(action.help)
+    return Field(name, kind, default, re.sub(r"\s*\(required.*?\)|\s*\(type: .*$", "", text))
+
+
+def find_class(path: str, bases: list[type] | None = None) -> Any:
+    """The class or function of a ``class_path``; a bare name is looked up among the subclasses of ``bases``.
+
+    Raises:
+        UserError: there is no such module or name in it.
+    """
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        known = {kind.__name__: kind for base in bases or [] for kind in _subclasses(base)}
+        if path not in known:
+            raise UserError(
+                f"no class is named `{path}`{nearest(path, known)}; write it with its module: my_file.{path}"
+            )
+        return known[path]
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # Another module missing, somewhere inside the one that was asked for, is not a mistake of the config.
+        if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise
+        raise UserError(
+            f"there is no module `{error.name}`; the working directory and installed packages are searched"
+        ) from error
+    if not hasattr(module, name):
+        names = [other for other in dir(module) if not other.startswith("_")]
+        raise UserError(f"module `{module_name}` has no `{name}`{nearest(name, names)}")
+    return getattr(module, name)
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    yield base
+    for kind in base.__subclasses__():
+        yield from _subclasses(kind)
+
+
+class Diagnosis:
+    """The problems of one config.
+
+    Args:
+        parser: that refused it.
+        composed: the config with its origins.
+        values: its plain values.
+    """
+
+    def __init__(self, parser: ArgumentParser, composed: Composed, values: Mapping[str, Any]) -> None:
+        self.composed = composed
+        self.problems: list[str] = []
+        tops = {a.dest: _field(a.dest, a) for a in _actions(parser) if "." not in a.dest}
+        groups = {a.dest.split(".")[0] for a in _actions(parser) if "." in a.dest}
+        for name, value in values.items():
+            if name in groups and name not in tops:
+                self._mapping((name,), group_fields(parser, name), value, f"`{name}`")
+            elif name in tops:
+                self._value((name,), tops[name].type, value)
+        for name, field in tops.items():
+            if field.default is inspect.Parameter.empty and name not in values:
+                self.problems.append(f"`{name}`: missing; a recipe needs it")
+
+    def _say(self, key: Key, text: str) -> None:
+        self.problems.append(f"{self.composed.origin(key)}: {text}")
+
+    def _mapping(self, key: Key, fields: dict[str, Field], value: Any, owner: str) -> None:
+        """A mapping of arguments: none unknown, none missing, each of its type."""
+        if value is None:
+            value = {}
+        if not isinstance(value, Mapping):
+            self._say(key, f"`{dotted(key)}` is {short(value)}; a mapping of arguments is asked for")
+            return
+        for name, item in value.items():
+            if name in fields:
+                self._value((*key, name), fields[name].type, item)
+            else:
+                self._unknown((*key, name), fields, owner)
+        missing = [n for n, f in fields.items() if f.default is inspect.Parameter.empty and n not in value]
+        for name in missing:
+            self._say(key, f"`{dotted((*key, name))}` is missing; {owner} needs it")
+
+    def _unknown(self, key: Key, fields: dict[str, Field], owner: str) -> None:
+        name = str(key[-1])
+        tops = {linked: top for top, linked in LINKED.items()}
+        origin = self.composed.origin(key)
+        if name in tops and origin == self.composed.origin((tops[name],)):
+            self._say(
+                key, f"`{tops[name]}` is shared with `{key[0]}`, but {owner} has no argument `{name}`; give it one"
+            )
+            return
+        allowed = ", ".join(sorted(fields)) or "nothing"
+        self._say(key, f"unknown key `{dotted(key)}`{nearest(name, fields)}; {owner} has: {allowed}")
+
+    def _value(self, key: Key, kind: Any, value: Any) -> None:
+        """One value: as deep as config and types go together, else the whole of it."""
+        before = len(self.problems)
+        options = list(_options(kind))
+        if isinstance(value, Mapping) and "class_path" in value:
+            self._class(key, options, value)
+        elif isinstance(value, str) and (classes := _wanted_classes(options)) and not _accepts(kind, value):
+            self._class(key, options, {"class_path": value}) if classes else None
+        elif isinstance(value, Mapping) and (records := [o for o in options if dataclasses.is_dataclass(o)]):
+            self._mapping(key, fields_of(records[0]), value, f"`{getattr(records[0], '__name__', '')}`")
+        elif isinstance(value, list) and (items := [o for o in options if typing.get_origin(o) in (list, tuple, set)]):
+            for index, item in enumerate(value):
+                self._value((*key, index), (typing.get_args(items[0]) or (Any,))[0], item)
+        if len(self.problems) == before and not _accepts(kind, value):
+            self._say(key, f"`{dotted(key)}` is {short(value)}; allowed: {describe(kind)}")
+
+    def _class(self, key: Key, options: list[Any], value: Mapping[str, Any]) -> None:
+        path, wanted = value["class_path"], _wanted_classes(options)
+        where = (*key, "class_path")
+        if not isinstance(path, str):
+            self._say(where, f"`{dotted(where)}` is {short(path)}; the name of a class is asked for: module.Class")
+            return
+        try:
+            found = find_class(path, wanted)
+        except UserError as error:
+            self._say(where, f"`{dotted(where)}` is {path}: {error}")
+            return
+        if inspect.isclass(found) and wanted and not any(issubclass(found, base) for base in wanted):
+            names = " or ".join(base.__name__ for base in wanted)
+            self._say(where, f"`{dotted(where)}` is {path}, which is no {names}")
+            return
+        for name in value.keys() - {"class_path", "init_args", "dict_kwargs"}:
+            self._say((*key, name), f"unknown key `{dotted((*key, name))}`; beside class_path there is init_args")
+        skip = 1 if any(_is_callable(option) for option in options) else 0
+        self._mapping(
+            (*key, "init_args"), fields_of(found, skip), value.get("init_args"), f"`{path.rpartition('.')[2]}`"
+        )
+
+
+def _options(kind: Any) -> Iterator[Any]:
+    """The members of a union, or the type itself."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        for member in typing.get_args(kind):
+            yield from _options(member)
+    else:
+        yield kind
+
+
+def _is_callable(kind: Any) -> bool:
+    return typing.get_origin(kind) in (Callable, typing.get_origin(Callable[[], int]))
+
+
+def _wanted_classes(options: list[Any]) -> list[type]:
+    """The classes of which a subclass is asked for; of a callable that which it returns."""
+    wanted = []
+    for option in options:
+        if _is_callable(option):
+            returned = (typing.get_args(option) or (Any,))[-1]
+            wanted += _wanted_classes(list(_options(returned)))
+        elif (
+            inspect.isclass(option)
+            and option.__module__ not in ("builtins", "pathlib")
+            and typing.get_origin(option) is None
+        ):
+            wanted.append(option)
+    return wanted
+
+
+def _accepts(kind: Any, value: Any) -> bool:
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    try:
+        parser.add_argument("--value", type=kind)
+    except ValueError:
+        return True  # a type that jsonargparse does not check
+    try:
+        parser.parse_object(Namespace(value=value))
+    except (argparse.ArgumentError, TypeError, ValueError):
+        return False
+    return True
+
+
+def describe(kind: Any) -> str:
+    """A type in words: ``a whole number or nothing``."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    names = []
+    for option in _options(kind):
+        origin, arguments = typing.get_origin(option), typing.get_args(option)
+        if option in words:
+            names.append(words[option])
+        elif origin is typing.Literal:
+            names += [str(argument) for argument in arguments]
+        elif origin in (list, set, tuple) and arguments:
+            names.append(f"a list of ({describe(arguments[0])})")
+        elif inspect.isclass(option) and dataclasses.is_dataclass(option):
+            names.append(f"a mapping of {', '.join(fields_of(option))}")
+        elif inspect.isclass(option):
+            names.append(f"a class_path of {option.__name__}" if option.__module__ != "builtins" else option.__name__)
+        else:
+            names.append(re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(option)))
+    return " or ".join(dict.fromkeys(names))
+
+
+def short(value: Any) -> str:
+    """A value, cut where it is long."""
+    text = one_line(repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."

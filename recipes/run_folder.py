@@ -1,0 +1,266 @@
+"""A run's folder ``runs/<recipe>/<n>/``: who makes it, what is noted in it, and which one `--ckpt_path last` means."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.errors import UserError
+from recipes.yaml_tree import display
+
+FOLDER_VARIABLE = "LITRECIPES_RUN_FOLDER"  # tells the ranks that Lightning starts from rank 0's process
+FINISHED = "finished"  # an empty file: the run came to its planned end
+LOCK = ".lock"  # held by rank 0 while it runs
+_STEP = re.compile(r"step-(\d+)\.ckpt")
+_PACKAGES = (
+    "litrecipes torch lightning transformers tokenizers safetensors datasets peft bitsandbytes deepspeed numpy "
+    "jsonargparse torchmetrics"
+).split()
+# Names of keys whose values stay out of files and logs. (`tokenizer`, `eos_token` and the like are no secrets.)
+_SECRET = re.compile(
+    r"(?:^|[_.\-])(?:api_?key|secret|password|passwd|credentials?|(?:access|auth|hf|api)_?token)$", re.I
+)
+
+
+@dataclass
+class RunFolder:
+    """One run's folder, of which this process is the owner.
+
+    Attributes:
+        path: the folder, absolute.
+        recipe: the recipe's name.
+        lock: the open lock file; the lock goes with the process, however it ends.
+    """
+
+    path: Path
+    recipe: str
+    lock: Any = field(default=None, repr=False)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / FINISHED).exists()
+
+    @property
+    def number(self) -> int:
+        return int(self.path.name)
+
+    def acquire(self) -> None:
+        """Takes the folder for this process.
+
+        Raises:
+            UserError: another process is running in it.
+        """
+        self.lock = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.lock.close()
+            raise UserError(
+                f"{display(self.path)}: a process is still running in it; wait for it or stop it"
+            ) from error
+
+    def running(self) -> bool:
+        """Whether a process holds the folder."""
+        try:
+            with (self.path / LOCK).open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def mark_finished(self) -> None:
+        (self.path / FINISHED).touch()
+
+    def mark_unfinished(self) -> None:
+        (self.path / FINISHED).unlink(missing_ok=True)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The complete checkpoint of the highest step. (A half-written one has another name until it is whole.)"""
+        found = [(int(match[1]), p) for p in self.checkpoints.glob("*.ckpt") if (match := _STEP.fullmatch(p.name))]
+        return max(found)[1] if found else None
+
+
+def new_run(runs_dir: Path, recipe: str) -> RunFolder:
+    """Makes and takes the next free folder; safe against other processes that do the same."""
+    parent = (runs_dir / recipe).absolute()
+    parent.mkdir(parents=True, exist_ok=True)
+    number = max((run.number for run in runs_of(runs_dir, recipe)), default=-1) + 1
+    while True:
+        try:
+            (parent / str(number)).mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        run = RunFolder(parent / str(number), recipe)
+        run.acquire()
+        return run
+
+
+def runs_of(runs_dir: Path, recipe: str) -> list[RunFolder]:
+    """The runs of a recipe, oldest first."""
+    parent = (runs_dir / recipe).absolute()
+    folders = [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    return [RunFolder(p, recipe) for p in sorted((p for p in folders if p.name.isdigit()), key=lambda p: int(p.name))]
+
+
+def find_run(runs_dir: Path, recipe: str, number: int | None, *, unfinished: bool) -> RunFolder:
+    """The run that is meant by ``--run N``, or by its absence: the newest one (that is unfinished, if asked).
+
+    Raises:
+        UserError: there is no such run.
+    """
+    runs = runs_of(runs_dir, recipe)
+    parent = display((runs_dir / recipe).absolute())
+    if number is not None:
+        for run in runs:
+            if run.number == number:
+                return run
+        there = ", ".join(str(run.number) for run in runs) or "none"
+        raise UserError(f"--run {number}: {parent} has no run {number}; there are: {there}")
+    if unfinished:
+        runs = [run for run in runs if not run.finished and not run.running()]
+    if not runs:
+        kind = "unfinished run" if unfinished else "run"
+        raise UserError(
+            f"--ckpt_path last: {parent} has no {kind}; leave the flag out to begin one, or name one: --run N"
+        )
+    return runs[-1]
+
+
+def checkpoint_of(run: RunFolder, which: str) -> Path:
+    """The checkpoint ``last`` or ``best`` of a run.
+
+    Raises:
+        UserError: it has none.
+    """
+    if which == "best":
+        path: Path | None = run.checkpoints / "best.ckpt"
+        if path is None or not path.exists():
+            raise UserError(f"--ckpt_path best: {display(run.path)} has no best checkpoint; use --ckpt_path last")
+        return path.resolve()
+    path = run.newest_checkpoint()
+    if path is None:
+        raise UserError(
+            f"--ckpt_path {which}: {display(run.path)} was stopped before its first checkpoint was whole; begin anew "
+            "without the flag, or name another run: --run N"
+        )
+    return path
+
+
+# --- what is noted --------------------------------------------------------------------------------------------------
+
+
+def write_config(run: RunFolder, text: str) -> None:
+    """Writes config.yaml; one that differs (a resumed run was changed) is kept as config.<k>.yaml."""
+    path = run.path / "config.yaml"
+    if path.exists():
+        if path.read_text(encoding="utf-8") == text:
+            return
+        older = len(list(run.path.glob("config.*.yaml")))
+        path.rename(run.path / f"config.{older}.yaml")
+    _write(path, text)
+
+
+def write_environment(run: RunFolder, command: Sequence[str], config: dict[str, Any]) -> None:
+    """Writes environment.json; a resumed run's earlier one goes into its list ``earlier``."""
+    path = run.path / "environment.json"
+    notes = describe_environment(command)
+    notes["recipe"] = run.recipe
+    notes["precision"] = config.get("trainer", {}).get("precision")
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        notes["earlier"] = [*before.pop("earlier", []), before]
+    _write(path, json.dumps(notes, indent=2) + "\n")
+
+
+def describe_environment(command: Sequence[str]) -> dict[str, Any]:
+    """Versions, commit, hardware and command, with nothing secret in it."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": redact_command(command),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "accelerators": _accelerators(),
+    }
+
+
+def redact_command(command: Sequence[str]) -> list[str]:
+    """The command with the values of secret keys taken out."""
+    shown: list[str] = []
+    for word in command:
+        key, equals, _ = word.partition("=")
+        if shown and "=" not in shown[-1] and shown[-1].startswith("--") and _SECRET.search(shown[-1]):
+            shown.append("***")
+        elif equals and key.startswith("--") and _SECRET.search(key):
+            shown.append(f"{key}=***")
+        else:
+            shown.append(word)
+    return shown
+
+
+def is_secret(key: str) -> bool:
+    """Whether a config key's value must not be written down."""
+    return bool(_SECRET.search(key))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs, with ``+`` where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _accelerators() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
