@@ -102,7 +102,8 @@ class Generator:
     def _check_types(self) -> None:
         """Whole numbers become floats where a float is meant, as YAML's 1 for 1.0 is; anything else is an error."""
         for item in fields(self):
-            value, kind = getattr(self, item.name), type([] if item.name == "stop" else item.default)
+            value = getattr(self, item.name)
+            kind: type = list if item.name == "stop" else type(item.default)
             if kind is float and type(value) is int:
                 setattr(self, item.name, float(value))
             elif type(value) is not kind:
@@ -162,7 +163,7 @@ class Generator:
         """Rows of a predictions file for a batch of the data's predict loader.
 
         Args:
-            batch: ``prompts``, and lists beside it: ``rows`` (their numbers), ``references`` (answers known to be good).
+            batch: ``prompts``, their ``rows`` (numbers) and ``references`` (known answers), lists of one length.
         """
         completions = self.generate(model, tokenizer, batch["prompts"], batch["rows"])
         return [
