@@ -1,0 +1,168 @@
+"""From one file (or corpus) to rows, a format each; every error is one line that names the file and the place."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_modules.data.sources import BUILTIN_TEXT, Row
+
+if TYPE_CHECKING:
+    from llm_modules.data.sources import Source
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_file(file: Path, kind: str, document_separator: str | None) -> Iterator[Row]:
+    """The rows of one file of a known format."""
+    if kind == "text":
+        yield from _text(file, document_separator)
+        return
+    readers: dict[str, Callable[[Path], Iterator[Row]]]
+    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "parquet": _parquet}
+    yield from readers[kind](file)
+
+
+def _decoded(file: Path, data: bytes, offset: int = 0) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}; convert the file, "
+            "e.g. with `iconv -f LATIN1 -t UTF-8`"
+        ) from error
+
+
+def _text(file: Path, separator: str | None) -> Iterator[Row]:
+    text = _decoded(file, file.read_bytes().removeprefix(BYTE_ORDER_MARK))
+    documents = re.split(separator, text) if separator else [text]
+    # A group in the expression makes re.split return the separators too (or None): only every n-th part is text.
+    step = re.compile(separator).groups + 1 if separator else 1
+    for number, document in enumerate(documents[::step], 1):
+        if document.strip():
+            yield Row({"text": document}, str(file), number)
+
+
+def _jsonl(file: Path) -> Iterator[Row]:
+    offset = 0
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            start = offset
+            offset += len(line)
+            if number == 1 and line.startswith(BYTE_ORDER_MARK):
+                line, start = line[3:], 3
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(_decoded(file, line, start))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}:{number}: no JSON: {error.msg} at column {error.colno}") from error
+            yield _object(file, number, value)
+
+
+def _object(file: Path, number: int, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}:{number}: a row must be a JSON object, not {type(value).__name__}")
+    return Row(value, str(file), number)
+
+
+def _json(file: Path) -> Iterator[Row]:
+    try:
+        value = json.loads(_decoded(file, file.read_bytes().removeprefix(BYTE_ORDER_MARK)))
+    except json.JSONDecodeError as error:
+        hint = "; is it JSON Lines? Then name it .jsonl" if error.msg == "Extra data" else ""
+        raise ValueError(f"{file}:{error.lineno}: no JSON: {error.msg} at column {error.colno}{hint}") from error
+    if isinstance(value, dict):
+        lists = [name for name, content in value.items() if isinstance(content, list)]
+        if len(lists) != 1:
+            raise ValueError(
+                f"{file}: a list of objects, or an object with one list in it, is needed; it has {len(lists)}"
+            )
+        value = value[lists[0]]
+    if not isinstance(value, list):
+        raise ValueError(f"{file}: a list of objects is needed, not {type(value).__name__}")
+    for number, row in enumerate(value, 1):
+        yield _object(file, number, row)
+
+
+def _csv(file: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    text = _decoded(file, file.read_bytes().removeprefix(BYTE_ORDER_MARK))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    number = 0
+    try:
+        for number, row in enumerate(reader, 1):
+            if None in row or None in row.values():
+                found = len(row.get(None) or []) + sum(
+                    value is not None for name, value in row.items() if name is not None
+                )
+                raise ValueError(
+                    f"{file}:{number}: broken CSV: row {number} (up to line {reader.line_num}) has {found} fields, the "
+                    f"header has {len(reader.fieldnames or [])}"
+                )
+            yield Row(dict(row), str(file), number)
+    except csv.Error as error:
+        raise ValueError(f"{file}:{number + 1}: broken CSV at line {reader.line_num}: {error}") from error
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield Row(row, str(file), number)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: broken Parquet: {str(error).splitlines()[0]}") from error
+
+
+def read_builtin(path: str, split: str) -> Iterator[Row]:
+    """The rows of a built-in corpus: `text` or `messages`."""
+    from llm_modules.data import python_docs
+
+    if split not in ("train", "validation"):
+        raise ValueError(f"source {path!r}: no split {split!r}; there are train and validation")
+    rows = python_docs.documents(split) if path == BUILTIN_TEXT else python_docs.conversations(split)
+    for number, row in enumerate(rows, 1):
+        yield Row(dict(row), f"{path}[{split}]", number)
+
+
+def builtin_version(path: str) -> str:
+    """What a built-in corpus is made of: this Python and the code that reads it."""
+    from llm_modules.data import python_docs
+
+    return f"{path} {sys.version} {hashlib.sha256(Path(python_docs.__file__).read_bytes()).hexdigest()}"
+
+
+def _hub(source: Source) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+    except Exception as error:  # the hub client raises some forty unrelated types
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise ValueError(
+            f"source {source.path!r}: no such file or folder, and `datasets` cannot load it as a hub id: {reason}"
+        ) from error
+
+
+def read_hub(source: Source) -> Iterator[Row]:
+    """The rows of a split of a data set on the Hugging Face hub."""
+    for number, row in enumerate(_hub(source), 1):
+        yield Row(dict(row), f"{source.path}[{source.split}]", number)
+
+
+def hub_version(source: Source) -> str:
+    """`datasets`' own digest of the data."""
+    return str(_hub(source)._fingerprint)

@@ -1,0 +1,242 @@
+"""Rows to tokens: in parallel, with progress, once; the result is found again by what it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from llm_modules.data.sources import Row, Source, require
+from llm_modules.data.store import META, Encoded, TokenStore, write_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_ROWS = 256
+CHUNK_CHARACTERS = 1 << 20
+SMALL_CHUNKS = 16
+"""Sources of so few chunks are tokenized in this process: starting others takes longer than the work."""
+
+PROGRESS_SECONDS = 5.0
+
+
+class Encoder(Protocol):
+    """Rows to tokens. It is sent to other processes, so it must be picklable."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: Sequence[Row]) -> Encoded: ...
+
+    def description(self) -> dict[str, Any]:
+        """Its settings, as JSON: part of the name under which the result is kept."""
+        ...
+
+
+class TextEncoder:
+    """Plain text: the document's tokens and the end-of-text token; all are predicted.
+
+    Args:
+        tokenizer: a tokenizer with an end-of-text token.
+        add_bos: put the beginning-of-text token first; None: as the tokenizer does on its own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_bos: bool | None = None) -> None:
+        self.tokenizer = tokenizer
+        if add_bos and tokenizer.bos_token_id is None:
+            raise ValueError(
+                "data.add_bos: the tokenizer has no beginning-of-text token; leave it out or set it to false"
+            )
+        self.add_bos = adds_bos(tokenizer) if add_bos is None else add_bos
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "text", "add_bos": self.add_bos}
+
+    def __call__(self, rows: Sequence[Row]) -> Encoded:
+        texts = [self._text(row) for row in rows]
+        start = [self.tokenizer.bos_token_id] if self.add_bos else []
+        end = [self.tokenizer.eos_token_id]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        documents = [np.array([*start, *ids, *end], dtype=np.uint32) for ids in encoded]
+        data = [text.encode() for text in texts]
+        return Encoded(
+            tokens=np.concatenate(documents),
+            trained=None,
+            lengths=np.array([len(document) for document in documents], dtype=np.int64),
+            sizes=np.array([len(text) for text in data], dtype=np.int64),
+            hashes=np.array([content_hash(text) for text in data], dtype=np.uint64),
+            places=np.array([(0, row.number) for row in rows], dtype=np.int64),
+        )
+
+    @staticmethod
+    def _text(row: Row) -> str:
+        text = require(row, "text")
+        if not isinstance(text, str):
+            raise ValueError(f"{row.origin}: column 'text' must be a string, not {type(text).__name__}")
+        return text
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer begins every text with its beginning-of-text token."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == tokenizer.bos_token_id
+
+
+def content_hash(data: bytes) -> int:
+    """64 bits that are the same for the same content, on every machine."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of everything that decides about the tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
+        type(tokenizer).__name__,
+        repr(sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())),
+        repr(tokenizer.chat_template),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _code_fingerprint() -> str:
+    """A digest of the code between the files and the tokens: a change there must not find old results."""
+    names = [
+        "sources.py",
+        "readers.py",
+        "store.py",
+        "tokenization.py",
+        "chat.py",
+        "masks.py",
+        "conversation_encoding.py",
+    ]
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+
+
+def store_folder(source: Source, encoder: Encoder, cache_dir: Path) -> Path:
+    """Where the tokens of a source are kept: a name made of all that they depend on."""
+    made_of = [
+        source.fingerprint(),
+        tokenizer_fingerprint(encoder.tokenizer),
+        json.dumps(encoder.description(), sort_keys=True),
+        _code_fingerprint(),
+    ]
+    return cache_dir / "tokens" / hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:32]
+
+
+def tokenize(source: Source, encoder: Encoder, cache_dir: Path, workers: int | None) -> TokenStore:
+    """The tokens of a source, from the cache or made now.
+
+    Args:
+        workers: processes; 1: in this one; None: as many as there are cores (at most 8) where there is enough to do.
+    """
+    folder = store_folder(source, encoder, cache_dir)
+    if (folder / META).is_file():
+        return TokenStore(folder)
+    files: list[str] = []
+    parts = _encoded(source, encoder, workers, files)
+    return write_store(folder, parts, vocabulary=len(encoder.tokenizer), files=files)
+
+
+def _chunks(source: Source, files: list[str]) -> Iterator[tuple[list[Row], list[int]]]:
+    """Rows, some at a time, with the number of each one's file in ``files``, which grows as they are read."""
+    rows: list[Row] = []
+    numbers: list[int] = []
+    size = 0
+    for row in source.rows():
+        if len(rows) >= CHUNK_ROWS or size >= CHUNK_CHARACTERS:
+            yield rows, numbers
+            rows, numbers, size = [], [], 0
+        if not files or files[-1] != row.file:
+            files.append(row.file)
+        rows.append(row)
+        numbers.append(len(files) - 1)
+        size += sum(len(value) for value in row.columns.values() if isinstance(value, str))
+    if rows:
+        yield rows, numbers
+
+
+def _encoded(source: Source, encoder: Encoder, workers: int | None, files: list[str]) -> Iterator[Encoded]:
+    chunks = _chunks(source, files)
+    first = list(itertools.islice(chunks, SMALL_CHUNKS))
+    if workers is None:
+        workers = min(os.cpu_count() or 1, 8) if len(first) == SMALL_CHUNKS else 1
+    progress = _Progress(source.path)
+    in_files: deque[list[int]] = deque()
+
+    def rows() -> Iterator[list[Row]]:
+        for chunk, numbers in itertools.chain(first, chunks):
+            in_files.append(numbers)
+            yield chunk
+
+    for part in _mapped(encoder, rows(), workers):
+        # An encoder knows the rows' numbers; of which file they are is known here, in the same order.
+        part.places[:, 0] = in_files.popleft()
+        progress.add(part)
+        yield part
+    progress.done()
+
+
+def _mapped(encoder: Encoder, chunks: Iterator[list[Row]], workers: int) -> Iterator[Encoded]:
+    if workers <= 1:
+        yield from map(encoder, chunks)
+        return
+    # Spawned, not forked: a fork of a process with threads (torch, tokenizers) can hang.
+    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (encoder,)) as pool:
+        yield from pool.imap(_work, chunks)
+
+
+_encoder: Encoder | None = None
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+
+
+def _work(rows: list[Row]) -> Encoded:
+    assert _encoder is not None
+    return _encoder(rows)
+
+
+class _Progress:
+    """A line now and then, which a log file can hold as well as a terminal; nothing for what is done at once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.start = self.last = time.monotonic()
+        self.documents = self.tokens = self.bytes = 0
+        self.said = False
+
+    def add(self, part: Encoded) -> None:
+        self.documents += len(part.lengths)
+        self.tokens += len(part.tokens)
+        self.bytes += int(part.sizes.sum())
+        if time.monotonic() - self.last >= PROGRESS_SECONDS:
+            self.last = time.monotonic()
+            self.said = True
+            self._say("tokenizing")
+
+    def done(self) -> None:
+        if self.said:
+            self._say("tokenized")
+
+    def _say(self, verb: str) -> None:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        print(
+            f"{verb} {self.name}: {self.documents:,} documents, {self.tokens:,} tokens, {self.bytes / 1e6:,.1f} MB, "
+            f"{self.tokens / seconds / 1e6:.2f} M tokens/s, {seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
