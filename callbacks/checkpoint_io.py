@@ -52,6 +52,9 @@ class AtomicCheckpointIO(CheckpointIO):
         temporary = path.with_name(f".{path.name}-partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{path.parent}: cannot be made: {error.strerror}; no checkpoint was lost") from error
+        try:
             # One process saves into a folder at a time, so whatever has this name belonged to a run that was killed.
             for leftover in path.parent.glob(_LEFTOVERS):
                 leftover.unlink(missing_ok=True)

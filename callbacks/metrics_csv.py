@@ -71,6 +71,17 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write the values into the row of ``step``.
+
+        Raises:
+            ValueError: the file cannot be written (disk full, ...); the rows so far stay.
+        """
+        try:
+            self._log(metrics, step)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written: {error.strerror}; the rows so far were kept") from error
+
+    def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
         self._open()
         if step is None:
             step = int(self._last.get("step", 0))
@@ -86,7 +97,7 @@ class MetricsCSV(Logger):
             self._columns += new_columns
             self._write([*(rows[:-1] if same_step else rows), row])
         else:
-            with self.path.open("ab", buffering=0) as file:  # one write a row: torn only if the process dies within it
+            with self.path.open("ab") as file:  # one write a row: torn only if the process dies or the disk is full
                 file.write(_line(row.get(name, "") for name in self._columns))
         self._last = row
 
