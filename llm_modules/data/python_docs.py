@@ -34,6 +34,7 @@ HELD_OUT_SHARE = 0.1
 SKIPPED = {
     *("__pycache__", "_bundled", "dist-packages", "encodings", "ensurepip", "idlelib", "idle_test", "lib-dynload"),
     *("lib2to3", "pydoc_data", "site-packages", "test", "tests", "this", "turtledemo", "antigravity", "__phello__"),
+    *("sitecustomize", "usercustomize", "_distutils_system_mod"),
 }
 
 # Written in C, importing them does nothing but define things.
@@ -347,7 +348,7 @@ def _described(value: Any, name: str, kind: str) -> list[Definition]:
     if kind != "class":
         try:
             shown = inspect.signature(value).parameters.values()
-        except (TypeError, ValueError):  # C functions without a text signature
+        except (TypeError, ValueError, AttributeError):  # C functions without a text signature, or with a broken one
             return [Definition(name, kind, None, inspect.cleandoc(doc))]
         parameters = tuple(
             Parameter(str(p).split("=")[0], None if p.default is p.empty else repr(p.default))
