@@ -135,8 +135,11 @@ def _documents(
     flash = query_BNHD.is_cuda and softcap is None and query_BNHD.dtype in (torch.float16, torch.bfloat16)
     if flash and query_BNHD.shape[-1] <= 256 and query_BNHD.shape[-1] == value_BNKD.shape[-1]:
         if offsets is None and window is None:
-            rows = (t.transpose(1, 2) for t in (query_BNHD, key_BNKD, value_BNKD))
-            out = nn.functional.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=True)
+            query, key, value = (t.transpose(1, 2) for t in (query_BNHD, key_BNKD, value_BNKD))
+            grouped = query.shape[1] != key.shape[1]
+            out = nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+            )
             return out.transpose(1, 2).contiguous()
         return _flash(query_BNHD, key_BNKD, value_BNKD, offsets, max_length, scale, window)
     return document_attention(query_BNHD, key_BNKD, value_BNKD, offsets, scale, window, softcap)
@@ -160,7 +163,9 @@ def _flash(
         max_length = length
     longest = max_length or length
     out = varlen_attn(
-        *(t.flatten(0, 1) for t in (query_BNHD, key_BNKD, value_BNKD)),
+        query_BNHD.flatten(0, 1),
+        key_BNKD.flatten(0, 1),
+        value_BNKD.flatten(0, 1),
         offsets,
         offsets,
         longest,
@@ -169,6 +174,7 @@ def _flash(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query_BNHD.shape[2] != key_BNKD.shape[2],
     )
+    assert isinstance(out, Tensor)
     return out.unflatten(0, (rows, length))
 
 

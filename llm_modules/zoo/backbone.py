@@ -2,55 +2,205 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from llm_modules.logprobs import DEFAULT_CHUNK
+from llm_modules.zoo.attention import NAME
 from llm_modules.zoo.causal_lm import CausalLM
-from llm_modules.zoo.head import HeadKind
+from llm_modules.zoo.configuration import (
+    attention_dropout,
+    check_sizes,
+    check_weights,
+    config_of_preset,
+    config_of_source,
+    local_folder,
+    nearest,
+)
+from llm_modules.zoo.head import HeadKind, check_head_kind
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+_TRUE_PRECISION = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
 
 
 @dataclass
 class Backbone:
-    """A causal language model of transformers and how it is built."""
+    """A causal language model of transformers: where it comes from and how it is built.
+
+    Args:
+        source: local Hugging Face folder or hub id (``org/name``) that gives the config and the weights; leave out
+            for a preset that ``config`` describes.
+        config: a transformers config with its ``model_type`` (a preset); with ``source``: overrides of the source's
+            config. Without ``vocab_size``, a preset's is the tokenizer's size, rounded up to a multiple of 64.
+        init: ``pretrained`` reads the source's weights, ``random`` makes them from the seed. Default: pretrained where
+            there is a source.
+        dtype: of the weights. Default: float32, or what a ``*-true`` precision of the trainer says.
+        attention: ``packed`` (ours: packed documents are kept apart, without masks), ``sdpa``, ``eager``,
+            ``flash_attention_2``, ... as transformers names them.
+        activation_checkpointing: keep only each decoder block's input and compute the block again in the backward pass:
+            less memory, about a third more time.
+        compile: compile each decoder block with torch.compile: about a minute at the start, then faster.
+        head: ``chunked`` scores the trained tokens without ever holding all the logits; ``plain`` holds them (for
+            comparison); ``liger`` uses liger-kernel (CUDA).
+        head_chunk: tokens that the chunked head scores at once.
+        trust_remote_code: run Python code that the source brings.
+    """
 
     source: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
     init: Literal["pretrained", "random"] | None = None
-    dtype: str | None = None
-    attention: str = "packed"
+    dtype: Dtype | None = None
+    attention: str = NAME
     activation_checkpointing: bool = False
     compile: bool = False
     head: HeadKind = "chunked"
     head_chunk: int = DEFAULT_CHUNK
     trust_remote_code: bool = False
 
-    def check(self, *, vocabulary: int, sequence_length: int) -> None:
-        """Raise a one-line ValueError for what cannot work, before weights load."""
+    @property
+    def pretrained(self) -> bool:
+        return self.init == "pretrained" or (self.init is None and self.source is not None)
+
+    def model_config(self, *, vocabulary: int) -> PretrainedConfig:
+        """The transformers config for a tokenizer of ``vocabulary`` tokens.
+
+        Raises:
+            ValueError: see ``configuration``.
+        """
+        if self.source is None:
+            if not self.config:
+                raise ValueError(
+                    "backbone: neither source nor config; name a folder or hub id (source), or a preset of "
+                    "configs/models (backbone: ../models/llama-1m.yaml)"
+                )
+            return config_of_preset(self.config, vocabulary)
+        return config_of_source(self.source, self.config or {}, self.trust_remote_code)
+
+    def check(self, *, vocabulary: int, sequence_length: int, precision: str = "32-true") -> PretrainedConfig:
+        """Find every mistake that can be found without weights.
+
+        Args:
+            vocabulary: number of the tokenizer's tokens.
+            sequence_length: longest row in tokens.
+            precision: the trainer's.
+
+        Returns:
+            The checked config.
+
+        Raises:
+            ValueError: one line with every problem.
+        """
+        self._check_choices(precision)
+        config = self.model_config(vocabulary=vocabulary)
+        problems = check_sizes(
+            config,
+            vocabulary=vocabulary,
+            sequence_length=sequence_length,
+            resizable=self.source is not None,
+        )
+        dropout = attention_dropout(config)
+        if self.attention == NAME and dropout:
+            problems.append(
+                f"backbone.config.{dropout}: {getattr(config.get_text_config(), dropout)}, but attention {NAME!r} has "
+                "no dropout; set it to 0.0"
+            )
+        if self.pretrained and self.source is not None:
+            check_weights(self.source)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return config
 
     def build(
         self, *, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int, precision: str = "32-true"
     ) -> CausalLM:
-        """The model, on the CPU, with weights that depend on ``seed`` only."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        """The model, on the CPU; weights depend on ``seed`` (or the source) only, and no random state is touched.
+
+        Args:
+            tokenizer: decides the vocabulary's size and the special tokens.
+            sequence_length: longest row in tokens.
+            seed: of random weights.
+            precision: the trainer's; decides the dtype if ``dtype`` does not.
+
+        Raises:
+            ValueError: what ``check`` finds, weights that cannot be loaded, a family that our head does not know.
+        """
+        from llm_modules.zoo.attention import register
+        from llm_modules.zoo.probe import check_head, packing_problem
+        from llm_modules.zoo.vocabulary import set_generation_ids, set_special_ids, unlock_padding
+
+        register()
+        config = self.check(vocabulary=len(tokenizer), sequence_length=sequence_length, precision=precision)
+        set_special_ids(config, tokenizer)
+        problem = packing_problem(config, self.attention)
+        dtype = getattr(torch, self.dtype or _TRUE_PRECISION.get(precision, "float32"))
+        hf = self._weights(config, len(tokenizer), dtype, seed)
+        unlock_padding(hf)
+        set_generation_ids(hf, tokenizer)
+        model = CausalLM(hf, head=self.head, head_chunk=self.head_chunk, packing_problem=problem)
+        check_head(model)
+        if self.activation_checkpointing:
+            _checkpoint_activations(hf)
+        if self.compile:
+            model.compile_blocks()
+        return model
+
+    def _weights(self, config: PretrainedConfig, tokens: int, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+        from llm_modules.zoo.vocabulary import grow_embeddings
+        from llm_modules.zoo.weights import pretrained_model, random_model
+
+        if self.pretrained:
+            assert self.source is not None
+            hf = pretrained_model(
+                str(local_folder(self.source) or self.source),
+                config,
+                dtype=dtype,
+                attention=self.attention,
+                seed=seed,
+                trust_remote_code=self.trust_remote_code,
+            )
+        else:
+            hf = random_model(
+                config, attention=self.attention, seed=seed, trust_remote_code=self.trust_remote_code, dtype=dtype
+            )
+        grow_embeddings(hf, tokens)
+        return hf
+
+    def _check_choices(self, precision: str) -> None:
+        from transformers import AttentionInterface
 
         from llm_modules.zoo.attention import register
 
         register()
-        values = dict(self.config)
-        values.setdefault("vocab_size", -(-len(tokenizer) // 64) * 64)
-        values |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
-        state = torch.get_rng_state()
-        try:
-            torch.default_generator.manual_seed(seed)
-            with torch.device("cpu"):
-                hf = AutoModelForCausalLM.from_config(config, attn_implementation=self.attention, dtype=torch.float32)
-        finally:
-            torch.set_rng_state(state)
-        return CausalLM(hf, head=self.head, head_chunk=self.head_chunk)
+        if self.init not in (None, "pretrained", "random"):
+            raise ValueError(f"backbone.init: unknown value {self.init!r}; allowed: pretrained, random")
+        if self.init == "pretrained" and self.source is None:
+            raise ValueError(
+                "backbone.init: pretrained, but there is no source to read weights from; set backbone.source"
+            )
+        if self.dtype is not None and self.dtype not in get_args(Dtype):
+            raise ValueError(
+                f"backbone.dtype: unknown value {self.dtype!r}{nearest(self.dtype, list(get_args(Dtype)))}"
+            )
+        wanted = _TRUE_PRECISION.get(precision, "float32") if precision.endswith("-true") else None
+        if self.dtype is not None and wanted is not None and self.dtype != wanted:
+            raise ValueError(
+                f"backbone.dtype: {self.dtype}, but trainer.precision {precision} means {wanted}; leave one out"
+            )
+        kinds = ["eager", *AttentionInterface().valid_keys()]
+        if self.attention not in kinds:
+            raise ValueError(f"backbone.attention: unknown value {self.attention!r}{nearest(self.attention, kinds)}")
+        check_head_kind(self.head, self.head_chunk)
+
+
+def _checkpoint_activations(hf: PreTrainedModel) -> None:
+    if not hf.supports_gradient_checkpointing:
+        raise ValueError(f"backbone.activation_checkpointing: {type(hf).__name__} does not support it; set it to false")
+    # Its name until transformers 5.2x, and since.
+    enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -5,9 +5,11 @@ Shape legend: B rows, T positions, N = B * T, M trained positions, H hidden size
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from llm_modules.batch import IGNORE_INDEX, TokenScores
@@ -29,10 +31,21 @@ class CausalLM(nn.Module):
         hf: transformers' ``...ForCausalLM``; for generation, adapters and export.
     """
 
-    def __init__(self, hf: PreTrainedModel, *, head: HeadKind = "chunked", head_chunk: int = DEFAULT_CHUNK) -> None:
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        *,
+        head: HeadKind = "chunked",
+        head_chunk: int = DEFAULT_CHUNK,
+        packing_problem: str | None = None,
+    ) -> None:
         super().__init__()
+        if hf.base_model is hf:
+            raise ValueError(f"backbone: {type(hf).__name__} has no base model apart from its head; not supported")
         self.hf = hf
         self.head = ScoringHead(head_transform(hf.config), kind=head, chunk=head_chunk)
+        self.packing_problem = packing_problem
+        self._description = describe(hf)  # now: a sharded model no longer knows its own size
 
     def forward(
         self,
@@ -79,6 +92,11 @@ class CausalLM(nn.Module):
         """(B, T, H) final hidden states, after the last norm."""
         layout: dict[str, Any] = {}
         if document_offsets is not None:
+            if self.packing_problem:
+                raise ValueError(
+                    f"packing: not for {self.hf.config.model_type!r} with attention "
+                    f"{self.hf.config._attn_implementation!r}: {self.packing_problem}; set packing: none"
+                )
             longest = max_document or input_ids.shape[1]
             layout = {
                 "cu_seq_lens_q": document_offsets,
@@ -91,9 +109,34 @@ class CausalLM(nn.Module):
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout
             ).last_hidden_state
 
+    def compile_blocks(self) -> None:
+        """Compile each decoder block in place; names of parameters stay as they are.
+
+        Raises:
+            ValueError: the family has no decoder blocks that transformers marks as such.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        blocks = [module for module in self.hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not blocks:
+            raise ValueError(f"backbone.compile: {type(self.hf).__name__} has no decoder blocks; set it to false")
+        for block in blocks:
+            block.compile(dynamic=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
+        """A change of dtype leaves fp32 buffers: rotary frequencies in bf16 would put tokens at wrong positions."""
+        kept = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            owner, _, leaf = name.rpartition(".")
+            now = getattr(self.get_submodule(owner), leaf)
+            if now.dtype != before.dtype and now.is_floating_point():
+                setattr(self.get_submodule(owner), leaf, before.to(now.device))
+        return self
+
     def description(self) -> dict[str, Any]:
-        """What this model is, for checkpoints (see ``description.describe``)."""
-        return describe(self.hf)
+        """What this model is, in plain values, for checkpoints (see ``describe_difference``)."""
+        return self._description
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs a token at this document length (see ``estimate``)."""

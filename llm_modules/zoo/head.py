@@ -5,8 +5,10 @@ Shape legend: M trained positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from llm_modules.logprobs import DEFAULT_CHUNK, HeadTransform, linear_logprobs
@@ -28,6 +30,16 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
     return HeadTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
 
 
+def check_head_kind(kind: str, chunk: int) -> None:
+    """Raise a ValueError for a head that there is not, or not here."""
+    if kind not in get_args(HeadKind):
+        raise ValueError(f"backbone.head: unknown value {kind!r}; allowed: {', '.join(get_args(HeadKind))}")
+    if chunk < 1:
+        raise ValueError(f"backbone.head_chunk: {chunk} tokens; must be at least 1")
+    if kind == "liger" and (find_spec("liger_kernel") is None or not torch.cuda.is_available()):
+        raise ValueError("backbone.head: liger needs a CUDA device and `pip install liger-kernel`; set head: chunked")
+
+
 class ScoringHead(nn.Module):
     """Log-probabilities under a linear head whose weight is given at the call (it is the model's own, maybe tied).
 
@@ -40,10 +52,7 @@ class ScoringHead(nn.Module):
 
     def __init__(self, transform: HeadTransform, *, kind: HeadKind, chunk: int = DEFAULT_CHUNK) -> None:
         super().__init__()
-        if kind not in get_args(HeadKind):
-            raise ValueError(f"head: unknown value {kind!r}; allowed: {', '.join(get_args(HeadKind))}")
-        if chunk < 1:
-            raise ValueError(f"head_chunk: {chunk} targets; must be at least 1")
+        check_head_kind(kind, chunk)
         self.transform, self.kind, self.chunk = transform, kind, chunk
 
     def forward(
