@@ -64,6 +64,6 @@ class LanguageModelModule(LLMModule):
         completions = self.generator.generate(self.model, self.tokenizer, batch["prompts"])
         rows = zip(batch["rows"], batch["prompts"], batch["references"], completions, strict=True)
         return [
-            {"row": row, "prompt": prompt, "completion": c.text, "finish": c.finish, "reference": reference}
+            {"row": row, "prompt": prompt, "completion": c.text, "finish_reason": c.finish_reason, "reference": reference}
             for row, prompt, reference, c in rows
         ]
