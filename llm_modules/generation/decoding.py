@@ -39,9 +39,6 @@ from llm_modules.generation.prompts import encode_prompt, end_token_ids, positio
 if TYPE_CHECKING:
     from llm_modules.generation.generator import Generator
 
-PADDED_ATTENTION = "sdpa"
-"""The attention used while generating, in place of one that was made for packed training rows."""
-
 
 class Decoder:
     """A model made ready to generate, for the length of a ``with`` block."""
@@ -70,10 +67,6 @@ class Decoder:
         # A folder's own defaults (Qwen's repetition penalty, a temperature) must not mix into the settings.
         restore.callback(setattr, hf, "generation_config", hf.generation_config)
         hf.generation_config = GenerationConfig()
-        attention = hf.config._attn_implementation
-        if attention not in (PADDED_ATTENTION, "eager") and "flash" not in attention and "flex" not in attention:
-            restore.callback(hf.set_attn_implementation, attention)
-            hf.set_attn_implementation(PADDED_ATTENTION)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -18,10 +18,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     Raises:
         ValueError: messages without a chat template, messages it refuses, or no token at all.
     """
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-    else:
-        ids = list(_apply_template(tokenizer, prompt, add_generation_prompt=True, tokenize=True)["input_ids"])
+    raw = isinstance(prompt, str)
+    text = prompt if isinstance(prompt, str) else _apply_template(tokenizer, prompt, add_generation_prompt=True)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("prompt: it holds half a surrogate pair, which is no character") from error
+    ids = list(tokenizer(text, add_special_tokens=raw)["input_ids"])  # a template writes its own special tokens
     if ids:
         return ids
     if tokenizer.bos_token_id is None:
@@ -35,7 +38,7 @@ def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     mark = "ANSWER"
     messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
-    rendered = _apply_template(tokenizer, messages, tokenize=False)
+    rendered = _apply_template(tokenizer, messages)
     _, found, after = rendered.rpartition(mark)
     after = after.lstrip()
     special = {
@@ -81,12 +84,12 @@ def positions_of(config: Any) -> int | None:
     return None
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> Any:
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> str:
     if not tokenizer.chat_template:
         raise ValueError("prompt: messages need a chat template and the tokenizer has none; give raw text instead")
     from jinja2.exceptions import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except (TemplateError, KeyError, TypeError) as error:
         raise ValueError(f"prompt: the chat template refuses these messages: {error}") from error

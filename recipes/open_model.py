@@ -1,0 +1,96 @@
+"""From what `-m` names to a model and its tokenizer: an exported folder, a run, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.errors import UserError, nearest, one_line
+from recipes.yaml_tree import display
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find_model(name: str) -> Path | str:
+    """The Hugging Face folder that is meant by ``name``: itself, the export of a run, or a hub id.
+
+    Raises:
+        UserError: nothing is there, or what is there is no model folder.
+    """
+    folder = Path(name).expanduser()
+    for candidate in (folder, folder / "export"):
+        if (candidate / "config.json").is_file():
+            return _complete(candidate)
+    if (folder / "checkpoints").is_dir():
+        raise UserError(f"-m {name}: a run that was not exported yet; write its model with: recipes export {name} OUT")
+    if folder.suffix == ".ckpt":
+        raise UserError(f"-m {name}: a checkpoint; make a model folder of it with: recipes export {name} OUT")
+    if folder.is_dir():
+        raise UserError(f"-m {name}: no model in this folder: neither config.json nor export/config.json")
+    if _HUB_ID.fullmatch(name) and not folder.parent.is_dir():
+        return name
+    near = nearest(folder.name, (path.name for path in folder.parent.iterdir())) if folder.parent.is_dir() else ""
+    raise UserError(f"-m {name}: no such folder{near}")
+
+
+def _complete(folder: Path) -> Path:
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"-m {display(folder)}: no weights in this folder; *.safetensors are read, other formats are not"
+        )
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise UserError(
+            f"-m {display(folder)}: no tokenizer in this folder; one of {', '.join(TOKENIZER_FILES)} is needed"
+        )
+    return folder
+
+
+def open_model(source: Path | str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model, in eval mode on its device, and tokenizer.
+
+    Args:
+        source: what ``find_model`` found.
+        dtype: auto (as stored), float32, bfloat16 or float16.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from llm_modules.tokenizer import load_tokenizer
+
+    place = _device(device)
+    logging.disable_progress_bar()
+    try:
+        tokenizer = load_tokenizer(str(source))
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True
+        )
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, KeyError, RuntimeError)) and "Safetensor" not in repr(
+            type(error)
+        ):
+            raise
+        raise UserError(f"-m {source}: cannot be opened: {one_line(error)[:300]}") from error
+    return model.to(place).eval(), tokenizer
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not usable here: {one_line(str(error).splitlines()[0])}") from error
+    return device
