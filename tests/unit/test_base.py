@@ -1,0 +1,163 @@
+"""LLMModule in a real Trainer: what is logged, counted, clipped, seeded, saved and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.nn import functional as F
+
+from llm_modules.data import TextDataModule
+from llm_modules.language_model import LanguageModelModule
+from llm_modules.schedules import WarmupCosine
+from llm_modules.zoo import Backbone
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "attn_pdrop": 0.0}
+
+
+class Record(Callback):
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "ab " * (1 + 3 * (i % 5)) + str(i)}) + "\n" for i in range(24)))
+    return path
+
+
+def module(config: dict[str, Any] = LLAMA, **arguments: Any) -> LanguageModelModule:
+    return LanguageModelModule(Backbone(config=config), sequence_length=64, seed=3, **arguments)
+
+
+def data(rows: Path, **arguments: Any) -> TextDataModule:
+    given = {"batch_size": 2, "packing": "none", "validation_fraction": 0.25, **arguments}
+    return TextDataModule(
+        sources=[{"path": str(rows)}], tokenizer="builtin:bytes", sequence_length=64, seed=3,
+        cache_dir=str(rows.parent / "cache"), **given,
+    )  # fmt: skip
+
+
+def trainer(**arguments: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu", "max_steps": 3, "accumulate_grad_batches": 2, "logger": False, "num_sanity_val_steps": 0,
+        "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "use_distributed_sampler": False, "log_every_n_steps": 1,
+    }  # fmt: skip
+    return Trainer(**(defaults | arguments))
+
+
+def test_validation_loss_is_the_mean_over_all_tokens(rows: Path) -> None:
+    model, source, record = module(), data(rows), trainer()
+    [measured] = record.validate(model, datamodule=source, verbose=False)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in source.val_dataloader():
+            logits = model.model.hf(batch.input_ids).logits
+            total += float(
+                F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
+            )
+            count += int((batch.labels[:, 1:] != -100).sum())
+    assert measured["val/loss"] == pytest.approx(total / count, rel=1e-6)
+    assert measured["val/perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-5)
+
+
+def test_train_loss_is_the_window_mean_and_tokens_are_counted(rows: Path) -> None:
+    seen: list[Any] = []
+
+    class Batches(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            with torch.no_grad():
+                seen.append((pl_module.objective_step(batch).terms["loss"].sum.item(), batch.counts()["tokens"], batch))
+
+    record, model = Record(), module()
+    trainer(callbacks=[Batches(), record]).fit(model, datamodule=data(rows))
+    for step in range(3):
+        pair = seen[2 * step : 2 * step + 2]
+        expected = sum(loss for loss, _, _ in pair) / sum(count for _, count, _ in pair)
+        assert record.logged[2 * step + 1]["train/loss"] == pytest.approx(expected, rel=1e-5)
+    assert model.tokens_seen == sum(batch.input_ids.numel() - batch.padding for _, _, batch in seen)
+
+
+def test_clipping_scales_to_the_norm_and_logs_the_norm_before(rows: Path) -> None:
+    record = Record()
+    norms: list[float] = []
+
+    class After(Callback):
+        def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            if grads:
+                norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    trainer(gradient_clip_val=0.01, callbacks=[record, After()]).fit(module(), datamodule=data(rows))
+    assert record.logged[1]["train/grad_norm"] > 0.1
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_dropout_is_a_function_of_seed_and_step(rows: Path) -> None:
+    def losses(seed: int, disturb: bool) -> list[float]:
+        record, model = Record(), LanguageModelModule(Backbone(config=GPT2), sequence_length=64, seed=seed)
+
+        class Disturb(Callback):
+            def on_train_batch_start(self, *_: Any) -> None:
+                if disturb:
+                    torch.rand(7)
+
+        trainer(callbacks=[record, Disturb()]).fit(model, datamodule=data(rows))
+        return [logged["train/loss"] for logged in record.logged[1::2]]
+
+    assert losses(3, disturb=False) == losses(3, disturb=True)
+    assert losses(3, disturb=False) != losses(4, disturb=False)
+
+
+def test_checkpoint_of_another_model_says_what_differs(rows: Path, tmp_path: Path) -> None:
+    first = trainer(max_steps=1)
+    first.fit(module(), datamodule=data(rows))
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match="another model.*intermediate_size") as error:
+        trainer().fit(module(LLAMA | {"intermediate_size": 48}), datamodule=data(rows), ckpt_path=tmp_path / "one.ckpt")
+    assert "\n" not in str(error.value)
+
+
+def test_export_loads_in_transformers_with_equal_logits(rows: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = module()
+    trainer().fit(model, datamodule=data(rows))
+    model.export(tmp_path / "out", {"recipe": "test", "metrics": {"val/loss": 1.5}, "data": ["rows.jsonl"]})
+    ids = torch.tensor([[5, 6, 7, 8]])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model.model.hf.set_attn_implementation("sdpa")  # the kernel that the reloaded model has: equal to the last bit
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model.model.eval().hf(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([65, 66]) == model.tokenizer.decode([65, 66])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "test" in card
+    assert "| val/loss | 1.5 |" in card
+    assert f"{model.tokens_seen:,}" in card
+
+
+def test_run_length_is_steps_or_epochs_whichever_is_less(rows: Path) -> None:
+    model = module(schedule=lambda optimizer: WarmupCosine(optimizer))
+    fitted = trainer(max_steps=100, max_epochs=2)
+    fitted.fit(model, datamodule=data(rows))
+    assert fitted.global_step == fitted.lr_scheduler_configs[0].scheduler.total_steps
+    assert 0 < fitted.global_step < 100
+
+
+def test_a_run_without_a_length_needs_none_without_a_schedule(rows: Path) -> None:
+    model = module(schedule=lambda optimizer: WarmupCosine(optimizer))
+    with pytest.raises(ValueError, match=r"max_steps or trainer\.max_epochs"):
+        trainer(max_steps=-1, max_epochs=-1, max_time="00:00:00:05").fit(model, datamodule=data(rows))
