@@ -17,7 +17,7 @@ class Kill(Callback):
     """Kills at optimizer step ``step``.
 
     Args:
-        where: ``window`` (before the last micro-batch of the step's accumulation window), ``torn`` (the first checkpoint
+        where: ``window`` (before the last micro-batch of an accumulation window), ``torn`` (the first checkpoint
             from that step on is half written), ``unnamed`` (it is written, but has not got its name), ``validation``.
         step: optimizer steps that are done by then.
     """

@@ -38,7 +38,7 @@ data:
   init_args: {batch_size: 2, validation_fraction: 0.2}
 trainer:
   accelerator: cpu
-  max_epochs: 3
+  max_epochs: 2
   accumulate_grad_batches: 2
   gradient_clip_val: 1.0
   log_every_n_steps: 1
@@ -69,7 +69,7 @@ def recipes(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def write_recipe(folder: Path, layout: dict[str, object]) -> None:
-    rows = [{"text": f"{i}: " + "abc def ghi jkl "[: 3 + i % 13] * (1 + i % 5)} for i in range(60)]
+    rows = [{"text": f"{i}: " + "abc def ghi jkl "[: 3 + i % 13] * (1 + i % 5)} for i in range(160)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = yaml.safe_load(RECIPE)
     config["data"]["init_args"] |= {

@@ -126,7 +126,7 @@ def test_checkpoint_of_another_model_says_what_differs(rows: Path, tmp_path: Pat
     first = trainer(max_steps=1)
     first.fit(module(), datamodule=data(rows))
     first.save_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(ValueError, match="another model.*intermediate_size") as error:
+    with pytest.raises(ValueError, match=r"another model.*intermediate_size") as error:
         trainer().fit(module(LLAMA | {"intermediate_size": 48}), datamodule=data(rows), ckpt_path=tmp_path / "one.ckpt")
     assert "\n" not in str(error.value)
 
