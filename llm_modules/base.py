@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llm_modules.batch import CountedBatch, ObjectiveOutput
+from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
 from llm_modules.optimizers import parameter_groups
 from llm_modules.schedules import RunSchedule
@@ -261,6 +262,7 @@ class LLMModule(LightningModule):
             "backbone": self.model.description(),
             "config": json.loads(self.model.hf.config.to_json_string(use_diff=False)),
             "tokenizer": self.tokenizer_source,
+            "chat_template": self.tokenizer.chat_template,
             "sequence_length": self.sequence_length,
             "tokens_seen": self.tokens_seen,
         }
@@ -284,6 +286,7 @@ class LLMModule(LightningModule):
             info: facts for the model card: recipe, data, metrics, ...
         """
         assert self.model is not None
+        set_end_tokens(self.model.hf, self.tokenizer)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(str(folder))
         write_model_card(Path(folder), {"tokens_seen": self.tokens_seen, **(info or {})})

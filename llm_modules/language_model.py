@@ -60,10 +60,4 @@ class LanguageModelModule(LLMModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of ``batch["prompts"]``, as rows of the predictions file."""
-        assert self.model is not None
-        completions = self.generator.generate(self.model, self.tokenizer, batch["prompts"])
-        rows = zip(batch["rows"], batch["prompts"], batch["references"], completions, strict=True)
-        return [
-            {"row": row, "prompt": prompt, "completion": c.text, "finish_reason": c.finish_reason, "reference": reference}
-            for row, prompt, reference, c in rows
-        ]
+        return self.generator.predict(self.model, self.tokenizer, batch)

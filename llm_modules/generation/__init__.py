@@ -2,5 +2,14 @@
 
 from llm_modules.generation.completion import Completion, Prompt, PromptTooLong
 from llm_modules.generation.generator import Generator
+from llm_modules.generation.prompts import end_token_ids, set_end_tokens, turn_end_token
 
-__all__ = ["Completion", "Generator", "Prompt", "PromptTooLong"]
+__all__ = [
+    "Completion",
+    "Generator",
+    "Prompt",
+    "PromptTooLong",
+    "end_token_ids",
+    "set_end_tokens",
+    "turn_end_token",
+]

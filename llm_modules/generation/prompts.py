@@ -24,7 +24,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError("prompt: it holds half a surrogate pair, which is no character") from error
-    ids = list(tokenizer(text, add_special_tokens=raw)["input_ids"])  # a template writes its own special tokens
+    # A template writes its own special tokens, and so did whoever wrote one at the beginning of the text.
+    rendered = not raw or any(text.startswith(token) for token in tokenizer.all_special_tokens)
+    ids = list(tokenizer(text, add_special_tokens=not rendered)["input_ids"])
+    if not rendered and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()  # some tokenizers end every text
     if ids:
         return ids
     if tokenizer.bos_token_id is None:
@@ -59,6 +63,15 @@ def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = {tokenizer.eos_token_id, turn_end_token(tokenizer), *special.intersection(configured)}
     return sorted(index for index in ids if index is not None)
+
+
+def set_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes into the model's generation config what ends an answer, so that other programs stop there too."""
+    ends = end_token_ids(model, tokenizer)
+    generation = model.generation_config
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    generation.bos_token_id = tokenizer.bos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> tuple[list[int], list[str]]:
