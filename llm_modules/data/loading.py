@@ -147,6 +147,8 @@ class WindowLoader:
                     "be incomplete"
                 )
             self.steps_in_epoch = limited // slicing.accumulate
+        unlimited = self.steps_in_epoch * slicing.accumulate == self._length
+        self._usable_rows = self.rows_in_epoch if unlimited else self.steps_in_epoch * size
 
     def __len__(self) -> int:
         """Micro-batches of this rank in an epoch, before Lightning's own limit."""
@@ -154,9 +156,9 @@ class WindowLoader:
 
     @property
     def step(self) -> int:
-        """Optimizer steps of this epoch that are behind the position."""
-        # A position reached with other batch sizes may lie inside of a step of this one: it counts as done.
-        return -(-self.rows // self.slicing.rows_per_step)
+        """Optimizer steps of this epoch that are behind the position: all but those that still fit after it."""
+        # The position may have been reached with other batch sizes, and then be no multiple of this step's rows.
+        return self.steps_in_epoch - max(0, self._usable_rows - self.rows) // self.slicing.rows_per_step
 
     def __iter__(self) -> Iterator[Any]:
         """Micro-batches from the position to the end of its epoch."""
@@ -217,6 +219,8 @@ class WindowLoader:
                 "packing, sequence_length and seed as it was made with, or start a new run from its weights"
             )
         self.epoch, self.rows, self._touched = int(state["epoch"]), int(state["rows"]), False
+        if self.rows and self.step >= self.steps_in_epoch:
+            self._finish_epoch()  # what is left of the epoch does not fill a step of the present size
 
 
 def _total(window: Sequence[CountedBatch]) -> dict[str, float]:
