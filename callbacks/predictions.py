@@ -18,7 +18,7 @@ class PredictionsWriter(Callback):
 
     Each rank writes to a part of its own as it goes; at the end rank 0 merges the parts and the file appears whole. A
     row that several ranks were given, as an even share demands, is written once. The folder must be one that all ranks
-    see.
+    see. A file that is there already is kept, as ``predictions.0.jsonl`` and so on.
 
     Args:
         folder: where to write (default: the trainer's ``default_root_dir``, the run's folder).
@@ -28,19 +28,19 @@ class PredictionsWriter(Callback):
     def __init__(self, folder: str | None = None, name: str = "predictions.jsonl") -> None:
         self.folder = folder
         self.name = name
+        self.path: Path | None = None
         self._file: Any = None
 
-    def path(self, trainer: Trainer) -> Path:
-        return Path(self.folder or trainer.default_root_dir) / self.name
-
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = self.path(trainer)
+        # Ranks that were started beside rank 0 do not know its folder.
+        folder = trainer.strategy.broadcast(str(Path(self.folder or trainer.default_root_dir).absolute()))
+        self.path = Path(folder) / self.name
         if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for part in path.parent.glob(f"{self.name}.part-*"):  # of a run that was killed, maybe with more ranks
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for part in self.path.parent.glob(f"{self.name}.part-*"):  # of a run that was killed, maybe with more ranks
                 part.unlink()
         trainer.strategy.barrier("predictions folder")
-        self._file = self._part(trainer, trainer.global_rank).open("w", encoding="utf-8")
+        self._file = self._part(trainer.global_rank).open("w", encoding="utf-8")
 
     def on_predict_batch_end(
         self,
@@ -70,23 +70,26 @@ class PredictionsWriter(Callback):
             self._file.close()
             self._file = None
 
-    def _part(self, trainer: Trainer, rank: int) -> Path:
-        path = self.path(trainer)
-        return path.with_name(_PART.format(name=path.name, rank=rank))
+    def _part(self, rank: int) -> Path:
+        assert self.path is not None
+        return self.path.with_name(_PART.format(name=self.name, rank=rank))
 
     def _merge(self, trainer: Trainer) -> None:
-        path = self.path(trainer)
-        parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
+        assert self.path is not None
+        parts = [self._part(rank) for rank in range(trainer.world_size)]
         lines: dict[int, str] = {}
         for part in parts:
             with part.open(encoding="utf-8") as file:
                 for line in file:
                     lines.setdefault(json.loads(line)["row"], line)
-        temporary = path.with_name(f".{path.name}-partial")
+        temporary = self.path.with_name(f".{self.name}-partial")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(lines[row] for row in sorted(lines))
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if self.path.exists():
+            older = len(list(self.path.parent.glob(f"{self.path.stem}.*{self.path.suffix}")))
+            self.path.rename(self.path.with_name(f"{self.path.stem}.{older}{self.path.suffix}"))
+        temporary.replace(self.path)
         for part in parts:
             part.unlink()

@@ -61,6 +61,30 @@ def test_greedy_of_a_padded_batch_is_that_of_each_prompt_alone(model, tokenizer)
     assert len({tuple(c.token_ids) for c in got}) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen3"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_backbone_with_packed_attention_generates_as_transformers_alone(family, cache, tokenizer):
+    """Left padding, caches, soft-caps and sliding windows go through the attention that training uses."""
+    from llm_modules.zoo import Backbone
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    preset = {"model_type": family, **sizes, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    preset |= {"head_dim": 8} | ({"sliding_window": 16} if family in ("gemma2", "mistral") else {})
+    model = Backbone(config=preset).build(tokenizer=tokenizer, sequence_length=128, seed=1)
+    assert model.hf.config._attn_implementation == "packed"
+    with torch.no_grad():
+        for parameter in model.hf.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+    generator = Generator(max_new_tokens=24, batch_size=4, cache=cache)
+    got = generator.generate(model, tokenizer, PROMPTS)
+    model.hf.set_attn_implementation("eager")
+    model.hf.eval()
+    expected = [alone(model.hf, tokenizer, prompt, do_sample=False, max_new_tokens=24) for prompt in PROMPTS]
+    assert [completion.token_ids for completion in got] == expected
+    assert len(set(map(tuple, expected))) > 3
+
+
 def test_beam_of_a_padded_batch_is_that_of_each_prompt_alone(model, tokenizer):
     for penalty in (1.0, 0.0, 2.0):
         generator = Generator(strategy="beam", num_beams=3, length_penalty=penalty, max_new_tokens=12, batch_size=4)
