@@ -1,2 +1,3 @@
 """What a person runs: one file a verb."""
+
 __version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import sys
@@ -9,8 +10,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 import recipes
+from recipes.command_line import parse_command
 from recipes.errors import UserError, nearest, user_message
 from recipes.trainer_verbs import VERBS as TRAINER_VERBS
 
@@ -67,13 +70,24 @@ def _dispatch(words: list[str]) -> int:
     files = verb_files()
     if verb not in files:
         raise UserError(f"{verb}: no such verb{nearest(verb, [*TRAINER_VERBS, *files])}; `recipes --help` lists them")
-    import argparse
-
     module = import_module(f"recipes.{verb}")
-    parser = argparse.ArgumentParser(prog=f"recipes {verb}", description=module.__doc__, allow_abbrev=False)
+    parser = _OneLineParser(prog=f"recipes {verb}", description=_summary(files[verb]), allow_abbrev=False)
     module.add_arguments(parser)
+    arguments, unknown = parser.parse_known_args(rest)
+    if getattr(module, "TAKES_OVERRIDES", False):
+        arguments.overrides = parse_command(verb, unknown).overrides
+    elif unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"{unknown[0]}: not understood{nearest(unknown[0], known)}; see recipes {verb} --help")
     run_verb: Callable[[argparse.Namespace], int] = module.run
-    return run_verb(parser.parse_args(rest))
+    return run_verb(arguments)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse with errors that are one line, and raised."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _status(code: object) -> int:
@@ -91,12 +105,18 @@ def verb_files() -> dict[str, Path]:
     return {path.stem: path for path in files if "\ndef add_arguments(" in path.read_text(encoding="utf-8")}
 
 
+def _summary(path: Path) -> str:
+    """A verb in one line: its file's first line, without the verb's name."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    line = docstring.partition("\n")[0]
+    return line.partition(": ")[2] or line
+
+
 def help_text() -> str:
     """`recipes --help`."""
     verbs = dict(TRAINER_VERBS)
     for verb, path in verb_files().items():
-        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        verbs[verb] = docstring.splitlines()[0].partition(": ")[2].rstrip(".") if docstring else ""
+        verbs[verb] = _summary(path).rstrip(".")
     lines = "\n".join(f"  {verb:<11} {text}" for verb, text in verbs.items())
     return f"""usage: recipes VERB [-c NAME [-c OVERLAY ...]] [--dotted.key value ...]
 

@@ -18,6 +18,9 @@ def check_values(composed: Composed) -> None:
     ]
     problems += _check_windows(composed)
     problems += _check_positive(composed)
+    if (composed.values.get("trainer") or {}).get("default_root_dir") is not None:
+        place = composed.origin(("trainer", "default_root_dir"))
+        problems.append(f"{place}: `trainer.default_root_dir` has no effect; runs are written below `runs_dir`")
     if problems:
         raise UserError("\n".join(problems))
 

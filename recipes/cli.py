@@ -19,7 +19,8 @@ import callbacks as ours
 from recipes.compose import LINKED, Composed
 from recipes.diagnose import Diagnosis, fields_of, find_class
 from recipes.errors import UserError, one_line
-from recipes.run_folder import is_secret
+from recipes.redaction import redact_config
+from recipes.run_folder import RunFolder
 from recipes.yaml_tree import display
 
 RUN_FOLDER = "{run_folder}"  # in a logger's arguments: stands for the run's folder, which is not yet made
@@ -38,6 +39,7 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, composed: Composed) -> None:
         self.composed = composed
+        self.folder: Path | None = None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -90,11 +92,30 @@ class RecipeCLI(LightningCLI):
         config["callbacks"] = with_defaults(given if isinstance(given, list) else [given])
         return super().instantiate_trainer(plugins=plugins, logger=False, **kwargs)
 
-    def check_before_training(self) -> None:
-        """Prepares and audits the data and checks the model against it, before anything of the run is written."""
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ours.StepCheckpoint)]
+        self._place = _RunPlace(self)
+        return super()._instantiate_trainer(config, [self._place, *callbacks])
+
+    @property
+    def began(self) -> bool:
+        """Whether the first training step was reached."""
+        return self._place.began
+
+    def came_to_its_end(self) -> bool:
+        """Whether a fit ended because it was done, not because it was stopped."""
+        return self.trainer.state.status == "finished" and not self.trainer.received_sigterm
+
+    def use_folder(self, folder: Path | None, owned: RunFolder | None) -> None:
+        """Everything that writes, writes into the run's folder (None: rank 0 will say which)."""
+        self.folder = folder
+        if folder is not None:
+            self.trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]
+            self.trainer.loggers = self.loggers(folder)
 
     def loggers(self, folder: Path) -> list[Logger]:
-        """Our metrics.csv, and the loggers of the config (TensorBoard where it names none; none for `logger: false`)."""
+        """Our metrics.csv, and the loggers of the config (default: TensorBoard); none for `logger: false`."""
         chosen = self.config.trainer.logger
         if chosen is False:
             return []
@@ -116,7 +137,23 @@ class RecipeCLI(LightningCLI):
                 arguments = (values.get(part) or {}).get("init_args", {})
                 if values.get(top) is not None and arguments.get(name) == values[top]:
                     del arguments[name]
-        return yaml.safe_dump(_redact(values), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(redact_config(self.composed, values), sort_keys=False, allow_unicode=True, width=120)
+
+
+class _RunPlace(Callback):
+    """Tells all ranks the run's folder before any other callback asks for it, and notes that training began."""
+
+    def __init__(self, cli: RecipeCLI) -> None:
+        self._cli = cli
+        self.began = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = trainer.strategy.broadcast(str(self._cli.folder))
+        if self._cli.folder is None and folder != "None":
+            self._cli.use_folder(Path(folder), None)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.began = True
 
 
 def with_defaults(given: list[Callback]) -> list[Callback]:
@@ -158,11 +195,3 @@ def _fill(value: Any, folder: str) -> Any:
     if isinstance(value, list):
         return [_fill(item, folder) for item in value]
     return value.replace(RUN_FOLDER, folder) if isinstance(value, str) else value
-
-
-def _redact(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: _redact(item, str(name)) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_redact(item, key) for item in value]
-    return "***" if value and isinstance(value, str) and is_secret(key) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import inspect
 import re
@@ -80,7 +81,7 @@ def find_class(path: str, bases: list[type] | None = None) -> Any:
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        known = {kind.__name__: kind for base in bases or [] for kind in _subclasses(base)}
+        known = {found.__name__: found for base in bases or [] for found in _subclasses(base)}
         if path not in known:
             raise UserError(
                 f"no class is named `{path}`{nearest(path, known)}; write it with its module: my_file.{path}"
@@ -103,8 +104,8 @@ def find_class(path: str, bases: list[type] | None = None) -> Any:
 
 def _subclasses(base: type) -> Iterator[type]:
     yield base
-    for kind in base.__subclasses__():
-        yield from _subclasses(kind)
+    for below in type.__subclasses__(base):
+        yield from _subclasses(below)
 
 
 class Diagnosis:
@@ -122,12 +123,12 @@ class Diagnosis:
         tops = {a.dest: _field(a.dest, a) for a in _actions(parser) if "." not in a.dest}
         groups = {a.dest.split(".")[0] for a in _actions(parser) if "." in a.dest}
         for name, value in values.items():
-            if name in groups and name not in tops:
+            if name in groups:
                 self._mapping((name,), group_fields(parser, name), value, f"`{name}`")
             elif name in tops:
                 self._value((name,), tops[name].type, value)
         for name, field in tops.items():
-            if field.default is inspect.Parameter.empty and name not in values:
+            if name not in groups and field.default is inspect.Parameter.empty and name not in values:
                 self.problems.append(f"`{name}`: missing; a recipe needs it")
 
     def _say(self, key: Key, text: str) -> None:
@@ -158,8 +159,7 @@ class Diagnosis:
                 key, f"`{tops[name]}` is shared with `{key[0]}`, but {owner} has no argument `{name}`; give it one"
             )
             return
-        allowed = ", ".join(sorted(fields)) or "nothing"
-        self._say(key, f"unknown key `{dotted(key)}`{nearest(name, fields)}; {owner} has: {allowed}")
+        self._say(key, f"unknown key `{dotted(key)}`{nearest(name, fields)}; {owner} has {_some(name, fields, key)}")
 
     def _value(self, key: Key, kind: Any, value: Any) -> None:
         """One value: as deep as config and types go together, else the whole of it."""
@@ -169,8 +169,8 @@ class Diagnosis:
             self._class(key, options, value)
         elif isinstance(value, str) and (classes := _wanted_classes(options)) and not _accepts(kind, value):
             self._class(key, options, {"class_path": value}) if classes else None
-        elif isinstance(value, Mapping) and (records := [o for o in options if dataclasses.is_dataclass(o)]):
-            self._mapping(key, fields_of(records[0]), value, f"`{getattr(records[0], '__name__', '')}`")
+        elif isinstance(value, Mapping) and (record := record_of(kind)) is not None:
+            self._mapping(key, fields_of(record), value, f"`{record.__name__}`")
         elif isinstance(value, list) and (items := [o for o in options if typing.get_origin(o) in (list, tuple, set)]):
             for index, item in enumerate(value):
                 self._value((*key, index), (typing.get_args(items[0]) or (Any,))[0], item)
@@ -200,6 +200,15 @@ class Diagnosis:
         )
 
 
+def _some(name: str, fields: dict[str, Field], key: Key) -> str:
+    """The arguments that there are, or, of many, those most like the name."""
+    if len(fields) <= 12:
+        return ", ".join(fields) or "no arguments"
+    alike = difflib.get_close_matches(name, list(fields), n=6, cutoff=0.0)
+    owner = dotted(tuple(part for part in key[:-1] if part != "init_args"))
+    return f"{', '.join(alike)}, ... (`recipes fit --help {owner}` lists all {len(fields)})"
+
+
 def _options(kind: Any) -> Iterator[Any]:
     """The members of a union, or the type itself."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -207,6 +216,13 @@ def _options(kind: Any) -> Iterator[Any]:
             yield from _options(member)
     else:
         yield kind
+
+
+def record_of(kind: Any) -> Any:
+    """The dataclass that a type asks for, or None."""
+    return next(
+        (option for option in _options(kind) if inspect.isclass(option) and dataclasses.is_dataclass(option)), None
+    )
 
 
 def _is_callable(kind: Any) -> bool:

@@ -12,7 +12,7 @@ _ROOTS = tuple(Path(__file__).resolve().parent.parent / name for name in OUR_PAC
 
 
 class UserError(ValueError):
-    """A mistake of the user's; every line of the message is one problem: where, key, value, what is allowed, the fix."""
+    """A mistake of the user's; each line of the message is one problem: where, key, value, what is allowed, the fix."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -17,19 +17,27 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import UserError
+from recipes.ranks import job_id
+from recipes.redaction import redact_command
 from recipes.yaml_tree import display
 
-FOLDER_VARIABLE = "LITRECIPES_RUN_FOLDER"  # tells the ranks that Lightning starts from rank 0's process
 FINISHED = "finished"  # an empty file: the run came to its planned end
 LOCK = ".lock"  # held by rank 0 while it runs
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 _PACKAGES = (
-    "litrecipes torch lightning transformers tokenizers safetensors datasets peft bitsandbytes deepspeed numpy "
-    "jsonargparse torchmetrics"
-).split()
-# Names of keys whose values stay out of files and logs. (`tokenizer`, `eos_token` and the like are no secrets.)
-_SECRET = re.compile(
-    r"(?:^|[_.\-])(?:api_?key|secret|password|passwd|credentials?|(?:access|auth|hf|api)_?token)$", re.I
+    "litrecipes",
+    "torch",
+    "lightning",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+    "deepspeed",
+    "numpy",
+    "jsonargparse",
+    "torchmetrics",
 )
 
 
@@ -65,24 +73,26 @@ class RunFolder:
         Raises:
             UserError: another process is running in it.
         """
-        self.lock = (self.path / LOCK).open("w")
+        self.lock = (self.path / LOCK).open("a+")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.lock.close()
+            self.lock = None
             raise UserError(
                 f"{display(self.path)}: a process is still running in it; wait for it or stop it"
             ) from error
 
     def running(self) -> bool:
-        """Whether a process holds the folder."""
+        """Whether another job holds the folder."""
         try:
             with (self.path / LOCK).open("r") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return lock.read() != job_id()  # ours: rank 0 of this job was faster than this process
         except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
+            pass
         return False
 
     def mark_finished(self) -> None:
@@ -151,10 +161,10 @@ def checkpoint_of(run: RunFolder, which: str) -> Path:
         UserError: it has none.
     """
     if which == "best":
-        path: Path | None = run.checkpoints / "best.ckpt"
-        if path is None or not path.exists():
+        best = run.checkpoints / "best.ckpt"
+        if not best.exists():
             raise UserError(f"--ckpt_path best: {display(run.path)} has no best checkpoint; use --ckpt_path last")
-        return path.resolve()
+        return best.resolve()
     path = run.newest_checkpoint()
     if path is None:
         raise UserError(
@@ -210,25 +220,6 @@ def describe_environment(command: Sequence[str]) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "accelerators": _accelerators(),
     }
-
-
-def redact_command(command: Sequence[str]) -> list[str]:
-    """The command with the values of secret keys taken out."""
-    shown: list[str] = []
-    for word in command:
-        key, equals, _ = word.partition("=")
-        if shown and "=" not in shown[-1] and shown[-1].startswith("--") and _SECRET.search(shown[-1]):
-            shown.append("***")
-        elif equals and key.startswith("--") and _SECRET.search(key):
-            shown.append(f"{key}=***")
-        else:
-            shown.append(word)
-    return shown
-
-
-def is_secret(key: str) -> bool:
-    """Whether a config key's value must not be written down."""
-    return bool(_SECRET.search(key))
 
 
 def _write(path: Path, text: str) -> None:

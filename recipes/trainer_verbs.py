@@ -1,26 +1,25 @@
-"""fit, validate, test and predict: from the command's words to Lightning's Trainer, nothing written before all is good."""
+"""fit, validate, test and predict: from the command's words to the Trainer; nothing is written before all is good."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipes.checks import check_values
 from recipes.command_line import Command, parse_command
 from recipes.compose import Composed, compose
-from recipes.errors import UserError
-from recipes.run_folder import (
-    FOLDER_VARIABLE,
-    RunFolder,
-    checkpoint_of,
-    find_run,
-    new_run,
-    write_config,
-    write_environment,
-)
+from recipes.errors import UserError, user_message
+from recipes.ranks import first_on_each_machine, tell_folder, told_folder
+from recipes.run_folder import RunFolder, checkpoint_of, find_run, new_run, write_config, write_environment
+from recipes.yaml_tree import display
 
 if TYPE_CHECKING:
     from recipes.cli import RecipeCLI
@@ -36,8 +35,6 @@ VERBS = {
 def run(verb: str, words: Sequence[str]) -> int:
     """Runs one of the verbs; returns the exit status."""
     command = parse_command(verb, words)
-    if command.debug:
-        os.environ["RECIPES_DEBUG"] = "1"
     if command.help is not None:
         from recipes.fit_help import show_help
 
@@ -47,6 +44,7 @@ def run(verb: str, words: Sequence[str]) -> int:
     composed = compose(command.configs, command.overrides)
     check_values(composed)
     resumed, checkpoint = find_checkpoint(command, composed)
+    _quiet()
 
     from recipes.cli import RecipeCLI
 
@@ -55,22 +53,40 @@ def run(verb: str, words: Sequence[str]) -> int:
         print(cli.config_text(), end="")
         return 0
     cli.instantiate()
-    if verb == "fit":
-        cli.check_before_training()
+    if verb == "fit" and told_folder() is None:
+        from recipes.preview import check_before_training
+
+        with first_on_each_machine(cli.trainer.local_rank) as chosen:
+            if chosen:
+                check_before_training(cli, verbose=cli.trainer.is_global_zero)
         if command.dry_run:
             return 0
-    return _run(command, cli, resumed, checkpoint)
+    if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's trial: a few batches, nothing is written
+        _work(command, cli, checkpoint)
+        return 0
+    with _folder(command, cli, resumed, checkpoint) as owned:
+        _work(command, cli, checkpoint)
+        if owned is not None and verb == "fit" and cli.came_to_its_end():
+            owned.mark_finished()
+    return 0
 
 
 def find_checkpoint(command: Command, composed: Composed) -> tuple[RunFolder | None, Path | None]:
-    """The run to go on in (None: a new one) and the checkpoint to begin from (None: none)."""
+    """The run to go on in (None: a new one) and the checkpoint to begin from (None: none).
+
+    Raises:
+        UserError: there is no such run or checkpoint.
+    """
     which = command.ckpt_path
     if which is None and command.run is None:
         return None, None
-    runs_dir = Path(composed.values.get("runs_dir") or "runs")
     if which in (None, "last", "best"):
-        fit = command.verb == "fit"
-        run = find_run(runs_dir, composed.name, command.run, unfinished=fit)
+        told = told_folder()
+        if told is not None:
+            run = RunFolder(told, composed.name)
+        else:
+            runs_dir = Path(composed.values.get("runs_dir") or "runs")
+            run = find_run(runs_dir, composed.name, command.run, unfinished=command.verb == "fit")
         return run, checkpoint_of(run, which or "last")
     if command.run is not None:
         raise UserError(f"--run {command.run}: goes with --ckpt_path last or best, not with a path")
@@ -80,44 +96,76 @@ def find_checkpoint(command: Command, composed: Composed) -> tuple[RunFolder | N
     return None, path
 
 
-def _run(command: Command, cli: RecipeCLI, resumed: RunFolder | None, checkpoint: Path | None) -> int:
-    """Takes the run's folder, hands it to loggers and callbacks, and lets the Trainer work."""
-    trainer = cli.trainer
-    run = None
-    if not trainer.fast_dev_run:
-        folder, run = _take_folder(command, cli, resumed)
-        trainer.loggers = cli.loggers(folder)
-        trainer._default_root_dir = str(folder)
-    method = getattr(trainer, command.verb)
+@contextmanager
+def _folder(
+    command: Command, cli: RecipeCLI, resumed: RunFolder | None, checkpoint: Path | None
+) -> Iterator[RunFolder | None]:
+    """Gives the run a folder, and yields it to the process that owns it (rank 0); one that never began is removed."""
+    told, zero = told_folder(), cli.trainer.is_global_zero
+    needed = command.verb in ("fit", "predict") or resumed is not None
+    if not needed:
+        yield None
+        return
+    if told is not None or not zero:
+        # Beside rank 0 (torchrun, Slurm) the folder is not known yet: rank 0 tells it when they are connected.
+        cli.use_folder(told, None)
+        yield None
+        return
+    runs_dir = Path(cli.config.runs_dir)
+    existed = [path for path in (runs_dir, *(runs_dir / cli.composed.name).parents) if path.exists()]
+    owned = resumed or new_run(runs_dir, cli.composed.name)
+    if command.verb == "fit":
+        if resumed is not None:
+            owned.acquire()
+            owned.mark_unfinished()
+            assert checkpoint is not None
+            print(f"continuing {display(owned.path)} from {checkpoint.name}", file=sys.stderr)
+        else:
+            print(f"run: {display(owned.path)}", file=sys.stderr)
+        write_config(owned, cli.config_text())
+        write_environment(owned, command.words, cli.composed.values)
+    elif resumed is None:
+        owned.mark_finished()  # it will never be one to continue
+    tell_folder(owned.path)
+    cli.use_folder(owned.path, owned)
     try:
-        method(cli.model, datamodule=cli.datamodule, ckpt_path=None if checkpoint is None else str(checkpoint))
+        yield owned
+    except ValueError as error:
+        if resumed is None and user_message(error) is not None and not cli.began:
+            _remove(owned, existed)
+        raise
+
+
+def _remove(run: RunFolder, existed: list[Path]) -> None:
+    """Takes a folder away in which nothing has happened, and the folders above it that were made for it."""
+    shutil.rmtree(run.path)
+    for parent in run.path.parents:
+        if parent in [path.absolute() for path in existed] or any(parent.iterdir()):
+            return
+        parent.rmdir()
+
+
+def _work(command: Command, cli: RecipeCLI, checkpoint: Path | None) -> None:
+    trainer = cli.trainer
+    method = getattr(trainer, command.verb)
+    arguments = {"return_predictions": False} if command.verb == "predict" else {}
+    path = None if checkpoint is None else str(checkpoint)
+    try:
+        results = method(cli.model, datamodule=cli.datamodule, ckpt_path=path, **arguments)
     except SystemExit as stop:
-        # Lightning ends the process so after Ctrl-C, when it has taken everything down.
-        if str(trainer.state.status) == "interrupted":
+        # Lightning ends the process like this after Ctrl-C, when it has taken everything down.
+        if trainer.state.status == "interrupted":
             raise KeyboardInterrupt from stop
         raise
-    if run is not None and command.verb == "fit" and _came_to_its_end(trainer):
-        run.mark_finished()
-    return 0
+    if command.verb in ("validate", "test") and cli.folder is not None and trainer.is_global_zero:
+        text = json.dumps({"checkpoint": path, "metrics": results}, indent=2)
+        (cli.folder / f"{command.verb}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _take_folder(command: Command, cli: RecipeCLI, resumed: RunFolder | None) -> tuple[Path, RunFolder | None]:
-    """The run's folder, and the run where this process owns it (rank 0 does)."""
-    told = os.environ.get(FOLDER_VARIABLE)
-    if told is not None and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        return Path(told), None
-    if cli.trainer.global_rank > 0:
-        # Started beside rank 0, not by it (torchrun, Slurm): only rank 0 writes, and it tells the others in `setup`.
-        return Path(cli.config.runs_dir).absolute(), None
-    run = resumed if resumed is not None else new_run(Path(cli.config.runs_dir), cli.composed.name)
-    if resumed is not None:
-        run.acquire()
-        run.mark_unfinished()
-    os.environ[FOLDER_VARIABLE] = str(run.path)
-    write_config(run, cli.config_text())
-    write_environment(run, command.words, cli.composed.values)
-    return run.path, run
-
-
-def _came_to_its_end(trainer: Any) -> bool:
-    return str(trainer.state.status) == "finished"
+def _quiet() -> None:
+    """Leaves out what Lightning says at each start; what matters of it, we say ourselves."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,0 +1,364 @@
+"""`recipes export`: write a checkpoint's model as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.errors import UserError, nearest, one_line
+from recipes.yaml_tree import display
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PREFIX = "model.hf."
+"""Names of the model's weights in a checkpoint begin with it."""
+
+CHECKPOINT_KEY, CHECKPOINT_FORMAT = "litrecipes", 1
+
+_STEP = re.compile(r"step-(\d+)\.ckpt")
+
+EPILOG = """examples:
+  recipes export runs/sft/quickstart/0 my-model                the run's best checkpoint (else its last)
+  recipes export runs/sft/quickstart/0 my-model --which last
+  recipes export runs/x/0/checkpoints/step-00000500.ckpt my-model --dtype bfloat16
+  recipes export runs/x/0 my-model --average 5                 the mean of the weights of its last 5 checkpoints"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file or a run's folder")
+    parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist or be empty")
+    parser.add_argument("--which", choices=("best", "last"), help="of a run's checkpoints (default: best, else last)")
+    parser.add_argument(
+        "--average", type=int, metavar="K", help="the mean of the weights of the K newest checkpoints up to this one"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights; auto: as they are stored",
+    )
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="if the run's tokenizer lies elsewhere now")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb; returns the exit status."""
+    path = find_checkpoint(Path(args.checkpoint).expanduser(), args.which, args.average)
+    out = Path(args.out).expanduser()
+    check_out(out, args.overwrite)
+    paths = checkpoints_up_to(path, args.average) if args.average else [path]
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    checkpoint = read_checkpoint(path)
+    tokenizer = open_tokenizer(checkpoint[CHECKPOINT_KEY], args.tokenizer, path)
+    weights = average(checkpoint, paths)
+    model = build_model(checkpoint[CHECKPOINT_KEY], weights, path)
+    if args.dtype != "auto":
+        cast(model, args.dtype)
+    facts = facts_of(checkpoint, path, paths)
+    write(model, tokenizer, facts, out)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    source = display(path.absolute()) if len(paths) == 1 else f"the mean of {len(paths)} checkpoints"
+    print(f"{display(out.absolute())}: {count:,} parameters of {source}")
+    return 0
+
+
+# --- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: Path, which: str | None, average: int | None) -> Path:
+    """The checkpoint file that is meant.
+
+    Raises:
+        UserError: there is none.
+    """
+    if average is not None and average < 1:
+        raise UserError(f"--average {average}: at least 1 checkpoint is averaged")
+    if path.is_file() or path.suffix == ".ckpt":
+        if which is not None:
+            raise UserError(f"--which {which}: goes with a run's folder, {path} is one checkpoint")
+        if path.is_dir():
+            raise UserError(f"{path}: a sharded checkpoint; export the run's whole ones")
+        if not path.is_file():
+            near = (
+                nearest(path.name, (file.name for file in path.parent.glob("*.ckpt"))) if path.parent.is_dir() else ""
+            )
+            raise UserError(f"{path}: no such checkpoint{near}")
+        return path.resolve()
+    if not path.is_dir():
+        near = nearest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else ""
+        raise UserError(f"{path}: no such checkpoint or run{near}")
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    best, steps = folder / "best.ckpt", steps_of(folder)
+    if which == "best" and average is not None:
+        raise UserError("--which best: --average takes the newest checkpoints, not the best one")
+    if which != "last" and average is None and best.exists():
+        return best.resolve()
+    if which == "best":
+        raise UserError(f"--which best: {folder} has no best.ckpt; use --which last")
+    if not steps:
+        raise UserError(f"{path}: no checkpoint in it (looked for checkpoints/step-*.ckpt)")
+    return steps[-1].resolve()
+
+
+def steps_of(folder: Path) -> list[Path]:
+    """A folder's checkpoints by step, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def checkpoints_up_to(path: Path, count: int) -> list[Path]:
+    """The ``count`` newest checkpoints of a folder, of which ``path`` is the newest.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    steps = steps_of(path.parent)
+    if path not in steps:
+        raise UserError(
+            f"--average {count}: {path.name} is no checkpoint by step (step-00000100.ckpt); name one of these"
+        )
+    found = steps[: steps.index(path) + 1]
+    if len(found) < count:
+        raise UserError(
+            f"--average {count}: {display(path.parent)} has {len(found)} up to {path.name}; a run keeps more with "
+            f"--checkpoint.keep_last {count}"
+        )
+    return found[-count:]
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuses to write over anything but a model folder, and that only if asked."""
+    if out.is_file():
+        raise UserError(f"{out}: a file; name a folder to write")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{out}: is there and not empty; name another folder, or --overwrite")
+    if not (out / "config.json").is_file():
+        raise UserError(f"--overwrite: {out} is no model folder (it has no config.json); remove it yourself")
+
+
+# --- from the checkpoint to a model ---------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, opened without executing anything.
+
+    Raises:
+        ValueError: truncated, damaged, of another program, or holding code.
+    """
+    from callbacks import AtomicCheckpointIO
+
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+    about = checkpoint.get(CHECKPOINT_KEY)
+    if about is None:
+        raise UserError(f"{path}: not a checkpoint of LitRecipes (no {CHECKPOINT_KEY!r} entry in it)")
+    if about["format"] > CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: made by a newer LitRecipes (format {about['format']}); update the package")
+    if not any(name.startswith(PREFIX) for name in checkpoint["state_dict"]):
+        raise UserError(f"{path}: holds no weights named {PREFIX}*, as those of a language model are")
+    return checkpoint
+
+
+def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    state = checkpoint["state_dict"]
+    return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+
+
+def average(checkpoint: dict[str, Any], paths: list[Path]) -> dict[str, torch.Tensor]:
+    """Mean of the checkpoints' weights, summed in fp64, in their own dtype; ``checkpoint`` is the last of ``paths``.
+
+    Raises:
+        ValueError: one of them cannot be read or is of another model.
+    """
+    import torch
+
+    weights = weights_of(checkpoint)
+    if len(paths) == 1:
+        return weights
+    floating = [name for name, value in weights.items() if value.is_floating_point()]
+    sums = {name: weights[name].double() for name in floating}
+    for path in paths[:-1]:
+        other = weights_of(read_checkpoint(path))
+        if {n: v.shape for n, v in other.items()} != {n: v.shape for n, v in weights.items()}:
+            raise UserError(f"{path}: a checkpoint of another model than {paths[-1].name}; they cannot be averaged")
+        for name in floating:
+            sums[name] += other[name].double()
+    with torch.no_grad():
+        return weights | {name: (sums[name] / len(paths)).to(weights[name].dtype) for name in floating}
+
+
+def build_model(about: dict[str, Any], weights: dict[str, torch.Tensor], path: Path) -> PreTrainedModel:
+    """transformers' model with the checkpoint's weights; nothing is initialized.
+
+    Raises:
+        UserError: the weights do not fit the config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _config(about["config"], path)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    try:
+        report = model.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{path}: the weights do not fit the model: {one_line(error)[:300]}") from error
+    # A tied head is not stored twice.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = [name for name in report.missing_keys if name not in tied]
+    if missing or report.unexpected_keys:
+        raise UserError(
+            f"{path}: weights of another layout: missing {_some(missing)}; unexpected {_some(report.unexpected_keys)}"
+        )
+    model.tie_weights()
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.config.dtype = dtypes.pop()
+    return model.eval()
+
+
+def _config(values: dict[str, Any], path: Path) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"{path}: a model of type {kind!r}, whose code is its own; only families of transformers export"
+        )
+    return CONFIG_MAPPING[kind].from_dict(values)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
+
+
+def cast(model: PreTrainedModel, dtype: str) -> None:
+    """The weights, not the buffers: rotary frequencies in half precision put tokens at wrong positions."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+
+
+def open_tokenizer(about: dict[str, Any], other: str | None, path: Path) -> PreTrainedTokenizerBase:
+    """The run's tokenizer with the chat template that was trained.
+
+    Raises:
+        UserError, ValueError: it is not where it was.
+    """
+    from llm_modules.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(other or about["tokenizer"])
+    except ValueError as error:
+        hint = "" if other else "; say where it is now with --tokenizer"
+        raise UserError(f"{one_line(error)}{hint}") from error
+    size = about["config"].get("vocab_size")
+    if size is not None and len(tokenizer) > size:
+        raise UserError(
+            f"tokenizer: {len(tokenizer)} tokens, but the model of {path.name} has {size}; it is another one"
+        )
+    if about.get("chat_template") is not None:
+        tokenizer.chat_template = about["chat_template"]
+    return tokenizer
+
+
+# --- the model card -------------------------------------------------------------------------------------------------
+
+
+def facts_of(checkpoint: dict[str, Any], path: Path, paths: list[Path]) -> dict[str, Any]:
+    """What is known of the training, for the model card: from the checkpoint, and the run's folder if it is there."""
+    about, step = checkpoint[CHECKPOINT_KEY], int(checkpoint["global_step"])
+    facts: dict[str, Any] = {"tokens_seen": about["tokens_seen"], "step": step}
+    if len(paths) > 1:
+        facts["averaged"] = len(paths)
+    folder = path.parent.parent
+    if not (folder / "config.yaml").is_file():
+        return facts
+    import yaml
+
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
+    data = (config.get("data") or {}).get("init_args") or {}
+    backbone = ((config.get("model") or {}).get("init_args") or {}).get("backbone") or {}
+    facts |= {"config": text, "data": data.get("sources"), "base": backbone.get("source")}
+    facts["recipe"] = f"{folder.parent.name}/{folder.name}"
+    if (folder / "environment.json").is_file():
+        facts["recipe"] = json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("recipe")
+    if len(paths) == 1 and (folder / "metrics.csv").is_file():
+        facts["metrics"] = metrics_at(folder / "metrics.csv", step)
+    return facts
+
+
+def metrics_at(path: Path, step: int) -> dict[str, float]:
+    """The last losses and perplexities logged up to a checkpoint's step. (A row's step is counted before its own.)"""
+    found: dict[str, float] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if not (row.get("step") or "").isdigit() or int(row["step"]) >= step:
+                continue
+            for name, value in row.items():
+                if name and name.startswith(("train/", "val/", "test/")) and value:
+                    found[name] = float(value)
+    return found
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any], out: Path) -> None:
+    """Writes the folder under a temporary name and renames it, so that it is there whole or not at all.
+
+    Raises:
+        UserError: the disk is full or not writable; what was there is as it was.
+    """
+    from safetensors import SafetensorError
+
+    from llm_modules.generation import set_end_tokens
+    from llm_modules.model_card import write_model_card
+
+    temporary = out.with_name(f".{out.name}-partial-{os.getpid()}")
+    set_end_tokens(model, tokenizer)
+    try:
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(str(temporary))
+        write_model_card(temporary, facts)
+        _put(temporary, out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{out}: cannot be written: {reason}; nothing was changed") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, out: Path) -> None:
+    """The temporary folder in the place of ``out``."""
+    old = out.with_name(f".{out.name}-old-{os.getpid()}")
+    if out.is_dir():
+        out.rename(old)
+    try:
+        temporary.rename(out)
+    except OSError:
+        if old.is_dir():
+            old.rename(out)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            print(f"recipes: {old} could not be removed", file=sys.stderr)

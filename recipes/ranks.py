@@ -1,0 +1,58 @@
+"""What a process can know of its fellow processes before they are connected.
+
+Rank 0 may have started the others itself (Lightning's launcher) or stand beside them (torchrun, Slurm). Preparing data
+takes longer than a connection waits, so it is done before there is one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FOLDER_VARIABLE = "LITRECIPES_RUN_FOLDER"  # set by rank 0 for the ranks that Lightning starts from its process
+
+
+def told_folder() -> Path | None:
+    """The run's folder, in a process that rank 0 started."""
+    told = os.environ.get(FOLDER_VARIABLE)
+    return Path(told) if told is not None and int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
+
+
+def tell_folder(folder: Path) -> None:
+    os.environ[FOLDER_VARIABLE] = str(folder)
+
+
+def job_id() -> str:
+    """The same text in all processes of a job, and in no other job; without a launcher: of this process."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        return f"elastic {env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')} {env['TORCHELASTIC_RUN_ID']}"
+    if int(env.get("SLURM_NTASKS", "1")) > 1:
+        return f"slurm {env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')} {env.get('SLURM_RESTART_COUNT', '0')}"
+    return f"process {os.getpid()}"
+
+
+@contextmanager
+def first_on_each_machine(local_rank: int) -> Iterator[bool]:
+    """True in one process of each machine, which runs the body; False in the others, when that is done."""
+    job = job_id()
+    if job.startswith("process"):
+        yield True
+        return
+    # All ranks of a machine have one parent under torchrun; a restart of them is another round.
+    parent = os.getppid() if job.startswith("elastic") else 0
+    name = f"litrecipes-{os.getuid()}-{job}-{parent}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    done = Path(tempfile.gettempdir()) / "".join(letter if letter.isalnum() else "-" for letter in name)
+    if local_rank > 0:
+        while not done.exists():
+            time.sleep(0.1)
+        yield False
+        return
+    yield True  # after an error the launcher stops the others
+    done.touch()
+    atexit.register(done.unlink, missing_ok=True)
