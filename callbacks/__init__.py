@@ -11,17 +11,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from callbacks.checkpoint import StepCheckpoint as StepCheckpoint
     from callbacks.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
+    from callbacks.export import ExportFolder as ExportFolder
+    from callbacks.graceful_stop import GracefulStop as GracefulStop
+    from callbacks.mask_audit import MaskAudit as MaskAudit
+    from callbacks.memory import Memory as Memory
     from callbacks.metrics_csv import MetricsCSV as MetricsCSV
+    from callbacks.progress import RecipeProgress as RecipeProgress
+    from callbacks.samples import Samples as Samples
+    from callbacks.spike_guard import SpikeGuard as SpikeGuard
     from callbacks.throughput import Throughput as Throughput
 
 _MODULES = {
     "AtomicCheckpointIO": "checkpoint_io",
+    "ExportFolder": "export",
+    "GracefulStop": "graceful_stop",
+    "MaskAudit": "mask_audit",
+    "Memory": "memory",
     "MetricsCSV": "metrics_csv",
+    "RecipeProgress": "progress",
+    "Samples": "samples",
+    "SpikeGuard": "spike_guard",
     "StepCheckpoint": "checkpoint",
     "Throughput": "throughput",
 }
 
-__all__ = ["AtomicCheckpointIO", "MetricsCSV", "StepCheckpoint", "Throughput"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "ExportFolder",
+    "GracefulStop",
+    "MaskAudit",
+    "Memory",
+    "MetricsCSV",
+    "RecipeProgress",
+    "Samples",
+    "SpikeGuard",
+    "StepCheckpoint",
+    "Throughput",
+]
 
 
 def __getattr__(name: str) -> Any:

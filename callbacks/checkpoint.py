@@ -61,7 +61,9 @@ class StepCheckpoint(ModelCheckpoint):
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.stop_with: SystemExit | None = None  # another callback's wish: save, then end the run with this
         self._due = False
+        self._stop_now = False
 
     @property
     def state_key(self) -> str:
@@ -75,9 +77,10 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self.stop_with, self._stop_now = None, False
         _refuse_validation_inside_a_window(trainer)
         resumed = trainer.ckpt_path is not None
-        earlier = [path.name for path in self._checkpoints()]
+        earlier = [path.name for path in self.complete_checkpoints()]
         if not resumed and trainer.global_step == 0 and earlier and not self._last_checkpoint_saved:
             raise ValueError(
                 f"checkpoint.dirpath: {self.dirpath} holds checkpoints of an earlier run ({', '.join(earlier)}); "
@@ -100,18 +103,33 @@ class StepCheckpoint(ModelCheckpoint):
         step = trainer.global_step
         due = self._due or (self.every_n_steps > 0 and step % self.every_n_steps == 0) or _is_final(trainer)
         self._due = False
-        if due and validation_follows(trainer):
-            self._due = True
-        elif due:
+        if validation_follows(trainer):
+            self._due = due or self.stop_with is not None
+            if self.stop_with is not None:
+                # There may be no time for the validation. This checkpoint would skip it: it is written again after it.
+                self.save(trainer)
+                self._last_global_step_saved = -1
+        elif due or self.stop_with is not None:
             self.save(trainer)
+            self._stop_now = self.stop_with is not None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here, not right after saving: all loggers have the step's row now."""
+        if self._stop_now:
+            assert self.stop_with is not None
+            error, self.stop_with, self._stop_now = self.stop_with, None, False
+            raise error
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._should_skip_saving_checkpoint(trainer) or _inside_window(trainer):
             return
         best = self.keep_best > 0 and self._note_score(trainer)
-        if best or self._due or _is_stopping(trainer):
+        if best or self._due or _is_stopping(trainer) or self.stop_with is not None:
             self._due = False
             self.save(trainer)
+            self._stop_now = self.stop_with is not None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing: an epoch's last step is a step like the others."""
@@ -169,7 +187,7 @@ class StepCheckpoint(ModelCheckpoint):
         self.kth_best_model_path, self.kth_value = list(kept.items())[-1]
         return True
 
-    def _checkpoints(self) -> list[Path]:
+    def complete_checkpoints(self) -> list[Path]:
         """The folder's checkpoints, oldest first."""
         assert self.dirpath is not None
         return sorted(path for path in Path(self.dirpath).glob("step-*.ckpt") if _NAME.fullmatch(path.name))
@@ -178,7 +196,7 @@ class StepCheckpoint(ModelCheckpoint):
         """Read off the folder, not off a list, so that what a killed run did not come to remove goes too."""
         if self.keep_last == -1:
             return
-        past = [path for path in self._checkpoints() if _step_of(path) <= trainer.global_step]
+        past = [path for path in self.complete_checkpoints() if _step_of(path) <= trainer.global_step]
         for path in past[: -self.keep_last]:
             if str(path) not in self.best_k_models:
                 trainer.strategy.remove_checkpoint(path)

@@ -48,8 +48,12 @@ class Throughput(Callback):
         if self.peak_flops is None and "16" in str(trainer.precision) and pl_module.device.type == "cuda":
             self.peak_flops = dense_peak_flops(torch.cuda.get_device_name(pl_module.device))
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def pause(self) -> None:
+        """Leave out the time until the next batch; for callbacks that do long work between two steps."""
         self._clock = None
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.pause()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -93,7 +97,7 @@ class Throughput(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._clock = None
+        self.pause()
         (work,) = _sum_over_ranks(trainer, self._since_log)
         checkpoint["callbacks"][self.state_key] = {"since_log": [work.computed, work.useful, work.steps]}
 

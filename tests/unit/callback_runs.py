@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from callbacks import AtomicCheckpointIO, MetricsCSV, StepCheckpoint
+from callbacks import AtomicCheckpointIO, GracefulStop, MetricsCSV, StepCheckpoint
 
 warnings.filterwarnings("ignore", module="lightning")
 
@@ -197,7 +197,7 @@ class KillAt(pl.Callback):
         os.replace = replace_and_die
 
 
-FACTORIES: dict[str, Any] = {"announce": Announce, "kill": KillAt}
+FACTORIES: dict[str, Any] = {"announce": Announce, "kill": KillAt, "stop": GracefulStop}
 
 if __name__ == "__main__":
     main()
