@@ -80,9 +80,11 @@ class LLMModule(LightningModule):
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the data where there is any (with its chat template), else that of the config."""
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        if (prepared := getattr(data, "prepared_tokenizer", None)) is not None:
+            return prepared  # not kept here: what was asked before there was a trainer had no chat template
         if self._tokenizer is None:
-            data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-            self._tokenizer = getattr(data, "prepared_tokenizer", None) or load_tokenizer(self.tokenizer_source)
+            self._tokenizer = load_tokenizer(self.tokenizer_source)
         return self._tokenizer
 
     def configure_model(self) -> None:

@@ -12,12 +12,13 @@ def write_model_card(folder: Path, info: dict[str, Any]) -> Path:
 
     Args:
         folder: the exported model.
-        info: ``recipe`` (name), ``data`` (list of sources), ``tokens_seen``, ``step``, ``metrics`` (name -> value),
-            ``config`` (resolved YAML text); whatever is missing is left out.
+        info: ``recipe`` (name), ``data`` (list of sources), ``tokens_seen``, ``step``, ``weights`` (of which step),
+            ``base``, ``metrics`` (name -> value), ``config`` (resolved YAML text); whatever is missing is left out.
     """
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
     lines += [f"# {info.get('recipe', 'Language model')}", "", "Trained with LitRecipes.", ""]
-    facts = {"Recipe": "recipe", "Optimizer steps": "step", "Tokens seen": "tokens_seen", "Base model": "base"}
+    facts = {"Recipe": "recipe", "Optimizer steps": "step", "Weights": "weights", "Tokens seen": "tokens_seen"}
+    facts["Base model"] = "base"
     for title, key in facts.items():
         if info.get(key) is not None:
             value = info[key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import re
 import shutil
@@ -63,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     checkpoint = read_checkpoint(path)
     tokenizer = open_tokenizer(checkpoint[CHECKPOINT_KEY], args.tokenizer, path)
-    weights = average(checkpoint, paths)
-    model = build_model(checkpoint[CHECKPOINT_KEY], weights, path)
+    model = build_model(checkpoint[CHECKPOINT_KEY], weights_of(checkpoint, paths), path)
     if args.dtype != "auto":
         cast(model, args.dtype)
     facts = facts_of(checkpoint, path, paths)
@@ -173,32 +171,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    state = checkpoint["state_dict"]
-    return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-
-
-def average(checkpoint: dict[str, Any], paths: list[Path]) -> dict[str, torch.Tensor]:
-    """Mean of the checkpoints' weights, summed in fp64, in their own dtype; ``checkpoint`` is the last of ``paths``.
+def weights_of(checkpoint: dict[str, Any], paths: list[Path]) -> dict[str, torch.Tensor]:
+    """The model's weights: of ``checkpoint``, the last of ``paths``, or the mean of all of these.
 
     Raises:
         ValueError: one of them cannot be read or is of another model.
     """
-    import torch
+    from callbacks.export import mean_of_checkpoints
+    from llm_modules.zoo import describe_difference
 
-    weights = weights_of(checkpoint)
-    if len(paths) == 1:
-        return weights
-    floating = [name for name, value in weights.items() if value.is_floating_point()]
-    sums = {name: weights[name].double() for name in floating}
-    for path in paths[:-1]:
-        other = weights_of(read_checkpoint(path))
-        if {n: v.shape for n, v in other.items()} != {n: v.shape for n, v in weights.items()}:
-            raise UserError(f"{path}: a checkpoint of another model than {paths[-1].name}; they cannot be averaged")
-        for name in floating:
-            sums[name] += other[name].double()
-    with torch.no_grad():
-        return weights | {name: (sums[name] / len(paths)).to(weights[name].dtype) for name in floating}
+    state = checkpoint["state_dict"]
+    if len(paths) > 1:
+        for path in paths[:-1]:
+            other = read_checkpoint(path)[CHECKPOINT_KEY]["backbone"]
+            if difference := describe_difference(other, checkpoint[CHECKPOINT_KEY]["backbone"]):
+                raise UserError(f"--average: {path.name} is of another model than {paths[-1].name}: {difference}")
+        state = mean_of_checkpoints(paths)
+    return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
 
 
 def build_model(about: dict[str, Any], weights: dict[str, torch.Tensor], path: Path) -> PreTrainedModel:
@@ -234,7 +223,7 @@ def build_model(about: dict[str, Any], weights: dict[str, torch.Tensor], path: P
 def _config(values: dict[str, Any], path: Path) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING
 
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise UserError(
             f"{path}: a model of type {kind!r}, whose code is its own; only families of transformers export"
@@ -283,25 +272,16 @@ def open_tokenizer(about: dict[str, Any], other: str | None, path: Path) -> PreT
 
 def facts_of(checkpoint: dict[str, Any], path: Path, paths: list[Path]) -> dict[str, Any]:
     """What is known of the training, for the model card: from the checkpoint, and the run's folder if it is there."""
-    about, step = checkpoint[CHECKPOINT_KEY], int(checkpoint["global_step"])
-    facts: dict[str, Any] = {"tokens_seen": about["tokens_seen"], "step": step}
-    if len(paths) > 1:
-        facts["averaged"] = len(paths)
-    folder = path.parent.parent
-    if not (folder / "config.yaml").is_file():
-        return facts
-    import yaml
+    from callbacks.export import describe_run
 
-    text = (folder / "config.yaml").read_text(encoding="utf-8")
-    config = yaml.safe_load(text)
-    data = (config.get("data") or {}).get("init_args") or {}
-    backbone = ((config.get("model") or {}).get("init_args") or {}).get("backbone") or {}
-    facts |= {"config": text, "data": data.get("sources"), "base": backbone.get("source")}
-    facts["recipe"] = f"{folder.parent.name}/{folder.name}"
-    if (folder / "environment.json").is_file():
-        facts["recipe"] = json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("recipe")
-    if len(paths) == 1 and (folder / "metrics.csv").is_file():
-        facts["metrics"] = metrics_at(folder / "metrics.csv", step)
+    step = int(checkpoint["global_step"])
+    facts: dict[str, Any] = {"tokens_seen": checkpoint[CHECKPOINT_KEY]["tokens_seen"], "step": step}
+    if len(paths) > 1:
+        facts["weights"] = f"mean of {len(paths)} checkpoints"
+    run = path.parent.parent
+    facts |= {name: value for name, value in describe_run(run).items() if value is not None}
+    if len(paths) == 1 and (run / "metrics.csv").is_file():
+        facts["metrics"] = metrics_at(run / "metrics.csv", step)
     return facts
 
 
