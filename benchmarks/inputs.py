@@ -1,0 +1,78 @@
+"""What both sides of a comparison start from: one tokenizer, one model folder, one file of rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+VOCABULARY = 16384
+SEQUENCE = 512
+BATCH = 8
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML with generation marks; nothing follows the turn's end, so that every side trains the same tokens."""
+
+SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
+"""33.8 M parameters with the vocabulary and tied embeddings."""
+
+
+def data_folder() -> Path:
+    folder = os.environ.get("LITRECIPES_DATA")
+    if not folder or not Path(folder).is_dir():
+        raise SystemExit("benchmarks: set LITRECIPES_DATA to the folder that holds dolly/ and books/")
+    return Path(folder)
+
+
+def dolly_rows() -> list[dict[str, str]]:
+    lines = (data_folder() / "dolly" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line.strip()]
+    return [{"instruction": r["instruction"].strip(), "response": r["response"].strip()} for r in rows]
+
+
+def book_text() -> str:
+    return "\n\n".join(p.read_text(encoding="utf-8") for p in sorted((data_folder() / "books").glob("*.txt")))
+
+
+def write_model(folder: Path, texts: Iterable[str], sequence: int = SEQUENCE, vocabulary: int = VOCABULARY) -> None:
+    """A byte-level BPE tokenizer trained on ``texts``, and a Llama with seeded random weights (fp32), as a HF folder."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llm_modules.tokenizer import SPECIAL_TOKENS, wrap_tokenizer
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIAL_TOKENS), min_frequency=0, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = wrap_tokenizer(bpe)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.model_max_length = sequence
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        **SHAPE,
+        num_key_value_heads=SHAPE["num_attention_heads"],
+        vocab_size=vocabulary,
+        max_position_embeddings=sequence,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=False,
+    )
+    torch.manual_seed(1234)
+    LlamaForCausalLM(config).float().save_pretrained(folder)
