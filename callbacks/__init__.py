@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from callbacks.mask_audit import MaskAudit as MaskAudit
     from callbacks.memory import Memory as Memory
     from callbacks.metrics_csv import MetricsCSV as MetricsCSV
+    from callbacks.predictions import PredictionsWriter as PredictionsWriter
     from callbacks.progress import RecipeProgress as RecipeProgress
     from callbacks.samples import Samples as Samples
     from callbacks.spike_guard import SpikeGuard as SpikeGuard
@@ -28,6 +29,7 @@ _MODULES = {
     "MaskAudit": "mask_audit",
     "Memory": "memory",
     "MetricsCSV": "metrics_csv",
+    "PredictionsWriter": "predictions",
     "RecipeProgress": "progress",
     "Samples": "samples",
     "SpikeGuard": "spike_guard",
@@ -42,6 +44,7 @@ __all__ = [
     "MaskAudit",
     "Memory",
     "MetricsCSV",
+    "PredictionsWriter",
     "RecipeProgress",
     "Samples",
     "SpikeGuard",
