@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
+import warnings
 from argparse import ArgumentError
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -24,7 +27,16 @@ from recipes.run_folder import RunFolder
 from recipes.yaml_tree import display
 
 RUN_FOLDER = "{run_folder}"  # in a logger's arguments: stands for the run's folder, which is not yet made
-DEFAULT_CALLBACKS = ("Throughput",)
+DEFAULT_CALLBACKS = (
+    "Throughput",
+    "Memory",
+    "SpikeGuard",
+    "MaskAudit",
+    "GracefulStop",
+    "ExportFolder",
+    "RecipeProgress",
+)
+TRAINER_DEFAULTS = {"use_distributed_sampler": False, "enable_model_summary": False, "log_every_n_steps": 10}
 
 
 class RecipeCLI(LightningCLI):
@@ -38,6 +50,7 @@ class RecipeCLI(LightningCLI):
     """
 
     def __init__(self, composed: Composed) -> None:
+        quiet()
         self.composed = composed
         self.folder: Path | None = None
         super().__init__(
@@ -49,7 +62,7 @@ class RecipeCLI(LightningCLI):
             save_config_callback=None,
             load_from_checkpoint_support=False,
             seed_everything_default=1234,
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults=TRAINER_DEFAULTS,
             parser_kwargs={"exit_on_error": False},
             run=False,
         )
@@ -58,6 +71,8 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--tokenizer", type=str | None, default=None, help="folder, hub id or builtin:bytes")
         parser.add_argument("--sequence_length", type=int | None, default=None, help="longest row in tokens")
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder that runs are written below")
+        names = "callbacks that are there by default and are not wanted: " + ", ".join(DEFAULT_CALLBACKS)
+        parser.add_argument("--leave_out", type=list[Literal[DEFAULT_CALLBACKS]], default=[], help=names)  # type: ignore[valid-type]
         parser.add_lightning_class_args(ours.StepCheckpoint, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -89,7 +104,7 @@ class RecipeCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(ours.AtomicCheckpointIO())
         given = config.get("callbacks") or []
-        config["callbacks"] = with_defaults(given if isinstance(given, list) else [given])
+        config["callbacks"] = self._with_defaults(given if isinstance(given, list) else [given])
         return super().instantiate_trainer(plugins=plugins, logger=False, **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -97,6 +112,19 @@ class RecipeCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, ours.StepCheckpoint)]
         self._place = _RunPlace(self)
         return super()._instantiate_trainer(config, [self._place, *callbacks])
+
+    def _with_defaults(self, given: list[Callback]) -> list[Callback]:
+        """The config's callbacks, and those of ours that it neither sets itself nor leaves out."""
+        trainer = self.config_init["trainer"]
+        left_out = set(self.config.leave_out)
+        if trainer.get("enable_progress_bar") is False:
+            left_out.add("RecipeProgress")
+        if trainer.get("enable_checkpointing") is False:
+            left_out |= {"GracefulStop", "ExportFolder"}  # what they do is done with a checkpoint
+        if not hasattr(self.model, "export"):
+            left_out.add("ExportFolder")
+        kinds = [getattr(ours, name) for name in DEFAULT_CALLBACKS if name not in left_out]
+        return [*given, *(kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given))]
 
     @property
     def began(self) -> bool:
@@ -156,12 +184,6 @@ class _RunPlace(Callback):
         self.began = True
 
 
-def with_defaults(given: list[Callback]) -> list[Callback]:
-    """The user's callbacks and those of ours that they did not set themselves."""
-    added = [getattr(ours, name) for name in DEFAULT_CALLBACKS]
-    return [*given, *(kind() for kind in added if not any(isinstance(callback, kind) for callback in given))]
-
-
 def _keep_seed_where_taken(values: dict[str, Any]) -> None:
     """`seed_everything` seeds all; a class that has no `seed` of its own needs none."""
     for part in ("model", "data"):
@@ -195,3 +217,12 @@ def _fill(value: Any, folder: str) -> Any:
     if isinstance(value, list):
         return [_fill(item, folder) for item in value]
     return value.replace(RUN_FOLDER, folder) if isinstance(value, str) else value
+
+
+def quiet() -> None:
+    """Leaves out what Lightning says at each start; what matters of it, we say ourselves."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -25,6 +25,7 @@ TOP_LEVEL = {
     "data": "the LightningDataModule: class_path and init_args",
     "trainer": "Lightning's Trainer: max_steps, precision, devices, strategy, ...",
     "checkpoint": "when checkpoints are written and how many are kept",
+    "leave_out": "default callbacks that are not wanted: [ExportFolder, ...]",
     "runs_dir": "folder that runs are written below",
 }
 LINKED = {"seed_everything": "seed", "tokenizer": "tokenizer", "sequence_length": "sequence_length"}

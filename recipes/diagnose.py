@@ -104,7 +104,8 @@ def find_class(path: str, bases: list[type] | None = None) -> Any:
 
 def _subclasses(base: type) -> Iterator[type]:
     yield base
-    for below in type.__subclasses__(base):
+    found: list[type] = type.__subclasses__(base)
+    for below in found:
         yield from _subclasses(below)
 
 

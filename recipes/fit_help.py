@@ -63,8 +63,8 @@ def short_help(verb: str) -> str:
             "keys that are often set (any key of the recipe can be; leave init_args out; key+ appends to a list):",
             *_columns(_OFTEN),
             "",
-            "A run writes runs/<recipe>/<n>/: config.yaml, metrics.csv, checkpoints/, report.html, ...",
-            f"Tokenizing is done once and cached. To do it ahead, on any machine: recipes {verb} -c NAME --dry-run",
+            "A run writes runs/<recipe>/<n>/: config.yaml, metrics.csv, checkpoints/, export/, ...",
+            "Tokenizing is done once and cached. To do it ahead of a run, on any machine: recipes prepare data -c NAME",
         ]
     )
 

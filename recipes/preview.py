@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipes.compose import Composed
 from recipes.errors import UserError
@@ -18,63 +18,90 @@ def preview(composed: Composed, *, model: bool, data: bool) -> None:
 
     cli = RecipeCLI(composed)
     cli.instantiate()
-    if model:
-        _print(model_lines(cli))
-    if data:
-        _print(data_lines(cli))
+    report = audit(cli) if data else None
+    lines = model_lines(cli, report) if model else []
+    print("\n".join([*lines, *([""] if model and data else []), *(report_lines(report) if data else [])]))
 
 
-def check_before_training(cli: RecipeCLI, *, verbose: bool) -> None:
-    """Prepares and audits the data, checks the model against them, and prints both.
+def check_before_training(cli: RecipeCLI, *, verbose: bool, full: bool) -> None:
+    """Checks the model, prepares and audits the data, and says on standard error what will be trained.
 
-    Raises:
-        UserError: what is fatal, a line each.
-    """
-    model, data = model_lines(cli), data_lines(cli)
-    if verbose:
-        _print([*model, "", *data], sys.stderr)
-
-
-def model_lines(cli: RecipeCLI) -> list[str]:
-    """The model's size, after a check that needs no weights."""
-    backbone = getattr(cli.model, "backbone", None)
-    if backbone is None:
-        return [f"model: {type(cli.model).__name__}"]
-    vocabulary = len(cli.model.tokenizer)
-    config = backbone.check(
-        vocabulary=vocabulary, sequence_length=cli.model.sequence_length, precision=str(cli.trainer.precision)
-    )
-    return [f"model: {config.model_type}"]
-
-
-def data_lines(cli: RecipeCLI) -> list[str]:
-    """The audit of the training data.
+    Args:
+        verbose: whether this process is the one that speaks.
+        full: say what the data hold, too. (A run's own MaskAudit says it.)
 
     Raises:
-        UserError: what is fatal about them.
+        UserError, ValueError: what is fatal.
     """
-    data = cli.datamodule
-    if data is None:
-        return ["data: none"]
-    data.prepare_data()
-    if not hasattr(data, "audit"):
-        return [f"data: {type(data).__name__}"]
-    data.setup("fit")
-    report = data.audit(vocabulary=_model_vocabulary(cli))
-    if report.fatal:
+    check_model(cli)
+    report = audit(cli)
+    if report is not None and report.fatal:
         raise UserError("\n".join(report.fatal))
-    return [*report.lines, "", "first row, what is trained marked:", report.sample]
+    if verbose:
+        lines = model_lines(cli, report)
+        print("\n".join([*lines, "", *report_lines(report)] if full else lines), file=sys.stderr)
 
 
-def _model_vocabulary(cli: RecipeCLI) -> int | None:
-    """The number of token ids that the model will have; None where it is not one of ours."""
+def check_model(cli: RecipeCLI) -> Any:
+    """The checked config of a model of ours, with its final vocabulary; None where it is not one of ours.
+
+    Raises:
+        ValueError: model, tokenizer and sequence length do not go together.
+    """
     backbone = getattr(cli.model, "backbone", None)
     if backbone is None:
         return None
+    from llm_modules.zoo.configuration import rounded_vocabulary
+
     tokens = len(cli.model.tokenizer)
-    config = backbone.model_config(vocabulary=tokens)
-    return max(tokens, int(config.get_text_config().vocab_size))
+    config = backbone.check(
+        vocabulary=tokens, sequence_length=cli.model.sequence_length, precision=str(cli.trainer.precision)
+    )
+    if config.get_text_config().vocab_size < tokens:
+        config.get_text_config().vocab_size = rounded_vocabulary(tokens)
+    return config
 
 
-def _print(lines: list[str], file=None) -> None:  # type: ignore[no-untyped-def]
-    print("\n".join(lines), file=file or sys.stdout)
+def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
+    """Parameters, FLOPs a token and the estimated peak memory."""
+    config = check_model(cli)
+    if config is None:
+        return [f"model: {type(cli.model).__name__}"]
+    from llm_modules.zoo.estimate import summarize
+    from llm_modules.zoo.memory import peak_memory
+
+    backbone, length = cli.model.backbone, cli.model.sequence_length
+    size = summarize(config, sequence_length=length)
+    memory = peak_memory(
+        config,
+        parameters=size.parameters,
+        tokens=getattr(cli.datamodule, "batch_size", 1) * length,
+        precision=str(cli.trainer.precision),
+        optimizer=cli.model.optimizer_factory,
+        trained_share=1.0 if report is None else report.trained_share,
+        activation_checkpointing=backbone.activation_checkpointing,
+        attention=backbone.attention,
+        head=backbone.head,
+        head_chunk=backbone.head_chunk,
+    )
+    return str(summarize(config, sequence_length=length, memory=memory)).splitlines()
+
+
+def audit(cli: RecipeCLI) -> Any:
+    """Prepares the data and counts what will be trained; None where the data are not ours."""
+    data = cli.datamodule
+    if data is None:
+        return None
+    data.prepare_data()
+    if not hasattr(data, "audit"):
+        return None
+    data.setup("fit")
+    config = check_model(cli)
+    return data.audit(vocabulary=None if config is None else config.get_text_config().vocab_size)
+
+
+def report_lines(report: Any) -> list[str]:
+    """The audit, and the first row with what is trained marked."""
+    if report is None:
+        return ["data: of another kind than ours, not audited"]
+    return [*report.lines, *report.fatal, "first row, what is trained marked:", report.sample]

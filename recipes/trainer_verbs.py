@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +42,6 @@ def run(verb: str, words: Sequence[str]) -> int:
     composed = compose(command.configs, command.overrides)
     check_values(composed)
     resumed, checkpoint = find_checkpoint(command, composed)
-    _quiet()
 
     from recipes.cli import RecipeCLI
 
@@ -58,7 +55,7 @@ def run(verb: str, words: Sequence[str]) -> int:
 
         with first_on_each_machine(cli.trainer.local_rank) as chosen:
             if chosen:
-                check_before_training(cli, verbose=cli.trainer.is_global_zero)
+                check_before_training(cli, verbose=cli.trainer.is_global_zero, full=command.dry_run)
         if command.dry_run:
             return 0
     if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's trial: a few batches, nothing is written
@@ -154,18 +151,11 @@ def _work(command: Command, cli: RecipeCLI, checkpoint: Path | None) -> None:
         results = method(cli.model, datamodule=cli.datamodule, ckpt_path=path, **arguments)
     except SystemExit as stop:
         # Lightning ends the process like this after Ctrl-C, when it has taken everything down.
-        if trainer.state.status == "interrupted":
+        if stop.code == 1 and trainer.state.status == "interrupted":
             raise KeyboardInterrupt from stop
+        if type(stop) is not SystemExit:  # a signal, after its checkpoint
+            print(f"recipes: {stop}; --ckpt_path last continues", file=sys.stderr)
         raise
     if command.verb in ("validate", "test") and cli.folder is not None and trainer.is_global_zero:
         text = json.dumps({"checkpoint": path, "metrics": results}, indent=2)
         (cli.folder / f"{command.verb}.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _quiet() -> None:
-    """Leaves out what Lightning says at each start; what matters of it, we say ourselves."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
