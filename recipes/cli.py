@@ -34,6 +34,7 @@ DEFAULT_CALLBACKS = (
     "MaskAudit",
     "GracefulStop",
     "ExportFolder",
+    "PredictionsWriter",
     "RecipeProgress",
 )
 TRAINER_DEFAULTS = {"use_distributed_sampler": False, "enable_model_summary": False, "log_every_n_steps": 10}

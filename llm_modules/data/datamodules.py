@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
 
 from llm_modules.data.audit import AuditReport, audit_corpus
 from llm_modules.data.chat import ChatFormat, conversation
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VALIDATION_FRACTION = 0.05
+
+Prompt = str | list[dict[str, Any]]
 
 
 class TokenDataModule(LightningDataModule):
@@ -121,8 +124,8 @@ class TokenDataModule(LightningDataModule):
         """The tokenizer as this data need it."""
         return load_tokenizer(self.tokenizer_source)
 
-    def make_prompt(self, row: Row) -> tuple[str, str]:
-        """(prompt, reference answer) of a row, as text."""
+    def make_prompt(self, row: Row) -> tuple[Prompt, str]:
+        """(prompt, reference answer) of a row; the prompt is raw text, or chat messages to be rendered."""
         raise NotImplementedError
 
     # Preparation
@@ -239,13 +242,13 @@ class TokenDataModule(LightningDataModule):
             pin_memory=True,
         )
 
-    def predict_dataloader(self) -> list[dict[str, list[Any]]]:
+    def predict_dataloader(self) -> DataLoader:
         """Prompts to be continued: batches of ``{"prompts", "references", "rows"}``, a share for each rank."""
         found = list(self.prompts("test" if self.test_sources else "validation"))
         slicing = self._slicing(self.validation_batch_size)
         mine = found[slicing.rank :: slicing.world]
         size = self.validation_batch_size
-        return [
+        batches = [
             {
                 "prompts": [prompt for _, prompt, _ in mine[i : i + size]],
                 "references": [reference for _, _, reference in mine[i : i + size]],
@@ -253,8 +256,10 @@ class TokenDataModule(LightningDataModule):
             }
             for i in range(0, len(mine), size)
         ]
+        # Lightning would take a bare list for several loaders.
+        return DataLoader(batches, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
-    def prompts(self, part: str = "validation", limit: int | None = None) -> Iterator[tuple[int, str, str]]:
+    def prompts(self, part: str = "validation", limit: int | None = None) -> Iterator[tuple[int, Prompt, str]]:
         """(document, prompt, reference answer) of the documents of a part, in their order."""
         corpus = self.corpus
         wanted = np.sort(corpus.documents[part])[:limit]
@@ -369,8 +374,10 @@ class ConversationDataModule(TokenDataModule):
     def make_encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return ConversationEncoder(tokenizer, self.chat_format, self.train_on)
 
-    def make_prompt(self, row: Row) -> tuple[str, str]:
+    def make_prompt(self, row: Row) -> tuple[Prompt, str]:
         talk = conversation(row, self.chat_format)
+        if not talk.tools:  # whoever generates renders them, and knows then that no special token is to be added
+            return talk.prompt(), talk.reference()
         return renderer(self.prepared_tokenizer, talk.tools)(talk.prompt(), prompt=True), talk.reference()
 
 
@@ -386,6 +393,10 @@ def _sources(name: str, sources: list[Source] | None) -> list[Source] | None:
     if sources is None:
         return None
     return [Source(**source) if isinstance(source, dict) else source for source in sources]
+
+
+def _as_it_is(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return batch
 
 
 def _at_least(name: str, value: int, least: int) -> None:

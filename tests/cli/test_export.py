@@ -284,3 +284,23 @@ def test_the_tokenizer_may_have_moved(run, tmp_path, capsys):
     assert main(["export", str(tmp_path / "moved.ckpt"), str(out), "--tokenizer", str(tmp_path / "model")]) == 0
     templates = [AutoTokenizer.from_pretrained(folder).chat_template for folder in (out, tmp_path / "model")]
     assert templates[0] == templates[1]
+
+
+def test_predict_writes_the_answers_to_the_held_out_prompts(run, tmp_path):
+    """`recipes predict` says what `recipes generate` says of the exported checkpoint."""
+    copy = tmp_path / "runs" / "tiny" / "0"
+    shutil.copytree(run, copy, symlinks=True)
+    recipe = run.parents[2] / "tiny.yaml"
+    words = ["--ckpt_path", str(newest(run)), "--runs_dir", str(tmp_path / "runs")]
+    assert main(["predict", "-c", str(recipe), *words, "--model.generator.max_new_tokens", "6"]) == 0
+    (path,) = (tmp_path / "runs" / "tiny").glob("*/predictions.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) > 3
+    assert [row["row"] for row in rows] == sorted(row["row"] for row in rows)
+    assert all(row["prompt"][0]["content"].startswith("say") and row["reference"].startswith("word") for row in rows)
+    assert main(["export", str(newest(run)), str(tmp_path / "model")]) == 0
+    shutil.copy(path, tmp_path / "in.jsonl")
+    files = ["--file", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--max_new_tokens", "6"]
+    assert main(["generate", "-m", str(tmp_path / "model"), *files]) == 0
+    answers = [json.loads(line)["completion"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert answers == [row["completion"] for row in rows]
