@@ -1,0 +1,59 @@
+# `make demo` and `make test` do all of their own set-up; each set-up is done once, in .venv.
+# Another Python: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+WORKERS ?= 2
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup setup-dev demo test test-fast lint checks bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "make: $(PYTHON) is Python %d.%d; LitRecipes needs 3.11 or newer: make PYTHON=python3.12" % v)'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) cannot make virtual environments (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+
+# torch first and exactly: asked for with an open range, pip would fetch gigabytes of CUDA libraries for it.
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (once; a minute or two)"
+	@$(PIP) install --constraint constraints.txt "$$(grep '^torch==' constraints.txt)" hatchling editables
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable .
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	@echo "installing the tools for tests into $(VENV)"
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+setup: $(RUN_STAMP) ## what a run needs, into .venv
+
+setup-dev: $(DEV_STAMP) ## what the tests need as well
+
+demo: $(RUN_STAMP) ## tokenizer, pre-training, fine-tuning and a report, on this machine, in minutes
+	@$(BIN)/recipes demo
+
+test: $(DEV_STAMP) ## all tests (15 minutes on two cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-fast: $(DEV_STAMP) ## without the slow ones
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+lint: $(DEV_STAMP) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+checks: lint test ## what CI does
+
+bench: $(DEV_STAMP) ## against TRL, transformers' Trainer and litgpt; see benchmarks/README.md
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev,bench]'
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## caches, not runs/
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache
