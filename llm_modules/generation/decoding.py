@@ -67,6 +67,10 @@ class Decoder:
         # A folder's own defaults (Qwen's repetition penalty, a temperature) must not mix into the settings.
         restore.callback(setattr, hf, "generation_config", hf.generation_config)
         hf.generation_config = GenerationConfig()
+        if any(module._compiled_call_impl is not None for module in hf.modules()):
+            # Caches would have blocks that were compiled for training compiled again and again, up to the limit after
+            # which training, too, is no longer compiled.
+            restore.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
     def __exit__(self, *error: object) -> None:

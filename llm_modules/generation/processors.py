@@ -44,15 +44,17 @@ class SeededSampler(LogitsProcessor):
     """
 
     def __init__(self, seed: int, rows: Sequence[int], steps: int, prompt_length: int, device: torch.device) -> None:
-        self.uniform_BS = torch.stack([uniform_numbers(seed, row, steps) for row in rows]).to(device)
+        self.uniform_BS = torch.stack([uniform_numbers(seed, row, steps) for row in rows])
+        if device.type != "mps":  # which has no float64
+            self.uniform_BS = self.uniform_BS.to(device)
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulative_BV = scores.double().softmax(-1).cumsum(-1)
+        cumulative_BV = scores.to(self.uniform_BS.device).double().softmax(-1).cumsum(-1)
         cumulative_BV /= cumulative_BV[:, -1:].clone()  # ends at exactly 1, which no uniform number reaches
         step = input_ids.shape[1] - self.prompt_length
         drawn_B1 = torch.searchsorted(cumulative_BV, self.uniform_BS[:, step, None].contiguous(), right=True)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B1, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B1.to(scores.device), 0.0)
 
 
 def uniform_numbers(seed: int, row: int, steps: int) -> Tensor:

@@ -85,6 +85,33 @@ def test_a_backbone_with_packed_attention_generates_as_transformers_alone(family
     assert len(set(map(tuple, expected))) > 3
 
 
+def test_blocks_compiled_for_training_are_not_compiled_for_generation(tokenizer):
+    """Each length and cache would be one more compilation, and the limit of these is shared with training."""
+    from torch._dynamo.utils import counters
+
+    from llm_modules.zoo import Backbone
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    backbone = Backbone(config={"model_type": "llama", **sizes}, compile=True)
+    model = backbone.build(tokenizer=tokenizer, sequence_length=64, seed=1)
+    counters.clear()
+    Generator(max_new_tokens=8).generate(model, tokenizer, PROMPTS)
+    assert not counters["frames"]
+    assert torch._dynamo.eval_frame._stance.stance == "default"  # put back
+
+
+@pytest.mark.gpu
+def test_a_gpu_generates_the_same_with_a_static_cache(tokenizer):
+    torch.manual_seed(0)
+    model = MODELS["llama"]().eval().cuda()
+    for settings in ({}, {"strategy": "sample", "seed": 3}):
+        dynamic, static = (
+            Generator(cache=cache, max_new_tokens=20, batch_size=4, **settings).generate(model, tokenizer, PROMPTS)
+            for cache in ("dynamic", "static")
+        )
+        assert [c.token_ids for c in dynamic] == [c.token_ids for c in static]
+
+
 def test_beam_of_a_padded_batch_is_that_of_each_prompt_alone(model, tokenizer):
     for penalty in (1.0, 0.0, 2.0):
         generator = Generator(strategy="beam", num_beams=3, length_penalty=penalty, max_new_tokens=12, batch_size=4)
