@@ -68,6 +68,9 @@ class Node:
         return Node(self.value, self.origin)
 
 
+_PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, with numbers such as 1e-3, which YAML 1.1 takes for text, and dates left as text."""
 
@@ -142,6 +145,8 @@ def _parse(text: str, origin: Origin) -> Node:
 
 def _convert(loader: _Loader, tree: yaml.Node, parent: Origin) -> Node:
     origin = Origin(parent.file, tree.start_mark.line + 1, parent.flag)
+    if not isinstance(tree, yaml.ScalarNode) and tree.tag not in _PLAIN_TAGS:
+        raise UserError(f"{origin}: not valid YAML: the tag {tree.tag} is not allowed")
     if isinstance(tree, yaml.SequenceNode):
         return Node([_convert(loader, item, origin) for item in tree.value], origin)
     if not isinstance(tree, yaml.MappingNode):
