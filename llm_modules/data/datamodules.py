@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -354,7 +354,7 @@ class ConversationDataModule(TokenDataModule):
         chat_template: str | None = None,
         chat_format: ChatFormat = "auto",
         train_on: TrainOn = "assistant",
-        too_long: TooLong = "truncate",
+        too_long: Literal["truncate", "drop", "error"] = "truncate",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

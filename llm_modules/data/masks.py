@@ -118,6 +118,8 @@ def _marked(render: Render, messages: list[Message], k: int) -> tuple[str, str] 
 
 def _start(render: Render, messages: list[Message], k: int, whole: str, marked: tuple[str, str] | None) -> int:
     content = len(marked[0]) if marked is not None and whole.startswith(marked[0]) else None
+    given: str | None
+    prompted: str | None
     try:
         given, prompted = render(messages[:k]), render(messages[:k], prompt=True)
     except TemplateError:
