@@ -66,14 +66,14 @@ class Composed:
 def compose(
     names: Sequence[str],
     overrides: Sequence[tuple[str, str]] = (),
-    allowed: Sequence[str] = tuple(TOP_LEVEL),
+    allowed: Sequence[str] | None = tuple(TOP_LEVEL),
 ) -> Composed:
     """Merges configs and flags.
 
     Args:
         names: the recipe, then its overlays; paths or names below configs/.
         overrides: dotted keys and their values as YAML text; short forms such as ``data.batch_size`` are understood.
-        allowed: the top-level keys that there are.
+        allowed: the top-level keys that there are; None: any.
 
     Raises:
         UserError: a file or key is wrong; one line a problem.
@@ -90,7 +90,8 @@ def compose(
     for key, text in overrides:
         root = merge(root, _override(root, key, text))
     resolve_pluses(root)
-    _check_top_level(root, allowed)
+    if allowed is not None:
+        _check_top_level(root, allowed)
     composed = Composed(_run_name(files), files, root)
     link(composed)
     composed.values = interpolate(root)

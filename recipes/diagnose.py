@@ -59,12 +59,16 @@ def group_fields(parser: ArgumentParser, group: str) -> dict[str, Field]:
 
 
 def _actions(parser: ArgumentParser) -> list[argparse.Action]:
-    hidden = ("help", "config", "print_config", "print_shtab")
-    return [a for a in parser._actions if a.dest.split(".")[-1] not in hidden and a.dest != argparse.SUPPRESS]
+    # An argument may be called `config` too, so what is none is told by its kind.
+    other = ("_HelpAction", "_ActionHelpClassPath", "ActionConfigFile", "_ActionPrintConfig")
+    return [action for action in parser._actions if type(action).__name__ not in other]
 
 
 def _field(name: str, action: argparse.Action) -> Field:
     kind = getattr(action, "_typehint", None)
+    record = getattr(action, "basetype", None)  # of a dataclass jsonargparse makes a group of arguments
+    if record is not None:
+        return Field(name, record, {}, one_line((record.__doc__ or "").partition("\n\n")[0]))
     if kind is None:
         kind = action.type if action.type is not None else Any
     required = getattr(action, "_required", False) or action.required
@@ -269,6 +273,8 @@ def describe(kind: Any) -> str:
             names.append(words[option])
         elif origin is typing.Literal:
             names += [str(argument) for argument in arguments]
+        elif _is_callable(option) and (made := _wanted_classes([option])):
+            names.append(f"a class_path of {made[0].__name__}")
         elif origin in (list, set, tuple) and arguments:
             names.append(f"a list of ({describe(arguments[0])})")
         elif inspect.isclass(option) and dataclasses.is_dataclass(option):

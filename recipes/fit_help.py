@@ -87,6 +87,7 @@ def key_help(command: Command) -> str:
     for name in (key, long):
         if name in found:
             return _describe(name, found[name])
+    for name in (key, long):
         owner, _, last = name.rpartition(".")
         owner = owner.removesuffix(".init_args")
         if owner in found and last in found[owner]:

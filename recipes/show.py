@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from recipes.compose import Composed, compose
+from recipes.compose import TOP_LEVEL, Composed, compose
 from recipes.redaction import redact_config
 from recipes.yaml_tree import Key, display
 
@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    composed = compose([args.name, *args.config], args.overrides)
+    names = [args.name, *args.config]
+    composed = compose(names, args.overrides, allowed=None)
+    if composed.values.keys() & TOP_LEVEL.keys():  # else it is a part, such as models/llama-1m
+        composed = compose(names, args.overrides)
     if args.model or args.data:
         from recipes.preview import preview
 
