@@ -191,6 +191,8 @@ class WindowLoader:
 
     def _specs(self, plan: EpochPlan, starts: Sequence[int]) -> Iterator[list[Indices]]:
         lengths = plan.lengths() if self.slicing.sort else None
+        if not len(plan):
+            raise ValueError(f"data: epoch {self.epoch} has no rows: the weights of all sources are too small for them")
         for start in starts:
             # An epoch with fewer rows than the first (weights below 1) goes on with its own beginning.
             rows = np.arange(start, start + self.slicing.rows_per_step) % len(plan)

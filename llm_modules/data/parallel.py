@@ -88,8 +88,8 @@ class _Process:
             kind, value = pickle.load(self.receive)
         except (EOFError, BrokenPipeError) as error:
             raise RuntimeError(
-                f"a worker process ended with status {self.popen.wait()}; if it says nothing above, it may have been out "
-                "of memory: try fewer workers"
+                f"a worker process ended with status {self.popen.wait()}; if it says nothing above, it may have been "
+                "out of memory: try fewer workers"
             ) from error
         if kind == "ValueError":
             raise ValueError(value)

@@ -109,7 +109,7 @@ def _csv(file: Path) -> Iterator[Row]:
                 )
             yield Row(dict(row), str(file), number)
     except csv.Error as error:
-        raise ValueError(f"{file}:{number + 1}: broken CSV at line {reader.line_num}: {error}") from error
+        raise ValueError(f"{file}:{number + 1}: broken CSV in row {number + 1}: {error}") from error
 
 
 def _parquet(file: Path) -> Iterator[Row]:
