@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from callbacks.metrics_csv import MetricsCSV as MetricsCSV
     from callbacks.predictions import PredictionsWriter as PredictionsWriter
     from callbacks.progress import RecipeProgress as RecipeProgress
+    from callbacks.report import RunReport as RunReport
     from callbacks.samples import Samples as Samples
     from callbacks.spike_guard import SpikeGuard as SpikeGuard
     from callbacks.throughput import Throughput as Throughput
@@ -31,6 +32,7 @@ _MODULES = {
     "MetricsCSV": "metrics_csv",
     "PredictionsWriter": "predictions",
     "RecipeProgress": "progress",
+    "RunReport": "report",
     "Samples": "samples",
     "SpikeGuard": "spike_guard",
     "StepCheckpoint": "checkpoint",
@@ -46,6 +48,7 @@ __all__ = [
     "MetricsCSV",
     "PredictionsWriter",
     "RecipeProgress",
+    "RunReport",
     "Samples",
     "SpikeGuard",
     "StepCheckpoint",

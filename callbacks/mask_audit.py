@@ -43,4 +43,6 @@ class MaskAudit(Callback):
 
 def _as_json(report: Any) -> dict[str, Any]:
     facts = asdict(report) if is_dataclass(report) and not isinstance(report, type) else {}
-    return {**facts, "lines": list(report.lines), "sample": report.sample, "fatal": list(report.fatal)}
+    # In the file what is trained is in brackets, in a terminal it is green.
+    sample = report.sample.replace("\x1b[32m", "⟦").replace("\x1b[0m", "⟧")
+    return {**facts, "lines": list(report.lines), "sample": sample, "fatal": list(report.fatal)}

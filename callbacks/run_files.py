@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -31,7 +32,7 @@ def append_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSONL file; a line that a kill has torn is left out. None where there is no file."""
+    """The complete rows of a JSONL file; a line that a kill has torn is left out; none where there is no file."""
     if not path.exists():
         return []
     complete = path.read_bytes().rpartition(b"\n")[0].decode("utf-8")
