@@ -102,21 +102,18 @@
     return found;
   }
   function smoothed(points) {
-    // The weighted mean of the neighbours on both sides, so that a falling curve is not shown too late. Weights fall off
-    // exponentially; the sums run once forwards and once backwards.
-    const sums = points.map(() => [0, 0]);
-    for (const order of [points.map((_, i) => i), points.map((_, i) => i).reverse()]) {
-      let total = 0, weight = 0;
-      for (const i of order) {
-        total *= state.smooth;
+    // The weighted mean of as many neighbours on either side: a falling curve is not shown too late, the ends stay in
+    // their places. Weights fall off exponentially.
+    const reach = Math.ceil(Math.log(0.01) / Math.log(state.smooth));
+    return points.map(([x, y], i) => {
+      let total = y, weights = 1, weight = 1;
+      for (let d = 1; d <= Math.min(reach, i, points.length - 1 - i); d++) {
         weight *= state.smooth;
-        sums[i][0] += total;
-        sums[i][1] += weight;
-        total += points[i][1];
-        weight += 1;
+        total += weight * (points[i - d][1] + points[i + d][1]);
+        weights += 2 * weight;
       }
-    }
-    return points.map(([x, y], i) => [x, (y + sums[i][0]) / (1 + sums[i][1])]);
+      return [x, total / weights];
+    });
   }
   function extent(values, chart, log) {
     const sorted = values.filter((v) => !log || v > 0).sort((a, b) => a - b);
@@ -238,7 +235,9 @@
     };
     picture.addEventListener("pointermove", show);
     picture.addEventListener("pointerdown", show);
-    picture.addEventListener("pointerleave", clear);
+    // A finger that was lifted leaves, too; what it showed stays until it taps elsewhere.
+    picture.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") clear(); });
+    card.clear = clear;
   }
 
   // --- the page
@@ -260,6 +259,9 @@
   if (several) section.append(legend());
   section.append(html("div", { class: "grid" }, ...cards.map(([card]) => card)));
   redraw();
+  addEventListener("pointerdown", (event) => {
+    for (const [card] of cards) if (card.clear && !card.contains(event.target)) card.clear();
+  });
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; redraw(); } });
 

@@ -75,8 +75,9 @@ def test_the_page_shows_every_file_of_the_run_and_loads_nothing(run: Path) -> No
     assert f"{EVIL} at 12" in everything
     assert f"user: {EVIL}" in everything
     assert (
-        everything.count(EVIL) == 3 * 2 + 1 + 1 + 1 + 1 + 1
-    )  # texts, prompt, command, config, audit line, audit sample
+    # six texts, a prompt, the command, a line of the audit and its sample
+    assert everything.count(EVIL) == 10
+    assert json.dumps(EVIL) in everything, "the config"
     (columns,) = [data["columns"] for data in page.data]
     assert columns["step"] == list(range(1, 13))
     assert columns["train/loss"][0] > 0
