@@ -117,6 +117,8 @@ def merge(base: Node, over: Node) -> Node:
     """``over`` put on top of ``base``; neither is changed."""
     if over.whole:
         return over.copy()
+    if isinstance(over.value, dict) and isinstance(base.value, str) and _CLASS_NAME.fullmatch(base.value):
+        base = Node({"class_path": base}, base.origin)
     if over.value is not None and isinstance(base.value, dict) and "class_path" in base.value:
         over = _as_class(base, over)
     if not isinstance(base.value, dict) or not isinstance(over.value, dict) or _replaces(base, over):
@@ -146,6 +148,13 @@ def _as_class(base: Node, over: Node) -> Node:
             rest["init_args"] = Node({**arguments.value, **short}, arguments.origin)
             return Node(rest, over.origin)
     return over
+
+
+def _is_class(node: Node) -> bool:
+    """Whether a value is a class with its arguments, or the name of a class alone."""
+    if isinstance(node.value, str):
+        return _CLASS_NAME.fullmatch(node.value) is not None
+    return isinstance(node.value, dict) and "class_path" in node.value
 
 
 def _replaces(base: Node, over: Node) -> bool:
@@ -219,9 +228,9 @@ def _override(root: Node, key: str, text: str) -> Node:
     full: list[str] = []
     for part in parts:
         name = part.removesuffix("+")
-        if node is not None and isinstance(node.value, dict) and "class_path" in node.value and name not in _CLASS_KEYS:
+        if node is not None and name not in _CLASS_KEYS and _is_class(node):
             full.append("init_args")
-            node = node.value.get("init_args")
+            node = node.value.get("init_args") if isinstance(node.value, dict) else None
         if node is not None and isinstance(node.value, list):
             return _override_item(root, full, parts[parts.index(part) :], text, flag)
         full.append(part)
@@ -335,9 +344,9 @@ def long_key(root: Node, key: str) -> str:
     node: Node | None = root
     full: list[str] = []
     for part in key.split("."):
-        if node is not None and isinstance(node.value, dict) and "class_path" in node.value and part not in _CLASS_KEYS:
+        if node is not None and part not in _CLASS_KEYS and _is_class(node):
             full.append("init_args")
-            node = node.value.get("init_args")
+            node = node.value.get("init_args") if isinstance(node.value, dict) else None
         full.append(part)
         node = node.value.get(part) if node is not None and isinstance(node.value, dict) else None
     return ".".join(full)

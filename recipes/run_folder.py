@@ -82,6 +82,15 @@ class RunFolder:
             raise UserError(
                 f"{display(self.path)}: a process is still running in it; wait for it or stop it"
             ) from error
+        self.lock.truncate(0)
+        self.lock.write(job_id())
+        self.lock.flush()
+
+    def release(self) -> None:
+        """Gives the folder up, as the end of the process would."""
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
 
     def running(self) -> bool:
         """Whether another job holds the folder."""

@@ -130,6 +130,8 @@ def _folder(
         if resumed is None and user_message(error) is not None and not cli.began:
             _remove(owned, existed)
         raise
+    finally:
+        owned.release()
 
 
 def _remove(run: RunFolder, existed: list[Path]) -> None:

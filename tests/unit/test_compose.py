@@ -139,6 +139,11 @@ def test_init_args_may_be_left_out_of_an_overlay() -> None:
     assert values["init_args"]["optimizer"]["init_args"] == {"lr": 2.0, "eps": 1e-08}
 
 
+def test_arguments_for_a_class_that_is_only_named() -> None:
+    values = merged("", ("model.objective", "my_loss.MyLoss"), ("model.objective.factor", "2"))
+    assert values["model"]["init_args"]["objective"] == {"class_path": "my_loss.MyLoss", "init_args": {"factor": 2}}
+
+
 def test_flags_come_last_and_in_order() -> None:
     assert merged("trainer: {max_steps: 20}", ("trainer.max_steps", "30"), ("trainer.max_steps", "40")) == {
         **merged(),

@@ -55,7 +55,7 @@ class TestFinding:
     def test_the_newest_unfinished_run(self, tmp_path: Path) -> None:
         runs = [new_run(tmp_path, "x") for _ in range(12)]
         for run in runs:
-            run.lock.close()  # the process ended
+            run.release()  # the process ended
         runs[11].mark_finished()
         assert find_run(tmp_path, "x", None, unfinished=True).number == 10
         assert find_run(tmp_path, "x", None, unfinished=False).number == 11
@@ -63,7 +63,7 @@ class TestFinding:
 
     def test_a_run_that_another_job_is_in_is_not_one_to_continue(self, tmp_path: Path) -> None:
         first = new_run(tmp_path, "x")
-        first.lock.close()
+        first.release()
         code = (
             "import sys; from pathlib import Path; from recipes.run_folder import new_run;"
             "run = new_run(Path(sys.argv[1]), 'x'); print(run.number, flush=True); sys.stdin.read()"
@@ -81,6 +81,17 @@ class TestFinding:
         found = find_run(tmp_path, "x", None, unfinished=True)
         assert found.number == 1
         found.acquire()
+
+    def test_the_run_of_this_job_is_found_though_rank_zero_holds_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in (("TORCHELASTIC_RUN_ID", "7"), ("MASTER_ADDR", "h"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
+        run = new_run(tmp_path, "x")
+        assert not run.running()
+        assert find_run(tmp_path, "x", None, unfinished=True).number == 0
+        monkeypatch.setenv("MASTER_PORT", "2")  # another job
+        assert run.running()
 
     @pytest.mark.parametrize(
         ("number", "message"),
