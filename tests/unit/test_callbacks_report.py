@@ -74,7 +74,6 @@ def test_the_page_shows_every_file_of_the_run_and_loads_nothing(run: Path) -> No
     assert f"{EVIL} at 0" in everything
     assert f"{EVIL} at 12" in everything
     assert f"user: {EVIL}" in everything
-    assert (
     # six texts, a prompt, the command, a line of the audit and its sample
     assert everything.count(EVIL) == 10
     assert json.dumps(EVIL) in everything, "the config"
