@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_modules.data.templates import set_template
-from llm_modules.tokenizer import SPECIAL_TOKENS, wrap_tokenizer
+from llm_modules.tokenizer import SPECIAL_TOKENS, byte_tokenizer, wrap_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +51,7 @@ def train_tokenizer(
 
     if vocab_size < SMALLEST:
         raise ValueError(f"vocab_size: {vocab_size} is below {SMALLEST} (256 bytes and {len(SPECIAL_TOKENS)} marks)")
+    set_template(byte_tokenizer(), chat_template)  # a wrong one is said before the work, not after it
     counted = _Counted(texts)
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
