@@ -111,6 +111,7 @@ class TokenDataModule(LightningDataModule):
         self._corpus: Corpus | None = None
         self._loader: WindowLoader | None = None
         self._position: dict[str, Any] | None = None
+        self._plans: dict[int, EpochPlan] = {}
 
     # What a kind of data adds
 
@@ -188,8 +189,16 @@ class TokenDataModule(LightningDataModule):
 
     def epoch_plan(self, epoch: int) -> EpochPlan:
         """The rows of a training epoch, in order: a pure function of (data, seed, epoch)."""
-        weights = [source.weight for source in self.sources]
-        return self.corpus.epoch(epoch, self.packing, weights, self.seed, self.length_group)
+        if epoch not in self._plans:
+            # The first one is asked for by the audit, by the run's length and by the loader.
+            weights = [source.weight for source in self.sources]
+            self._plans = {epoch: self.corpus.epoch(epoch, self.packing, weights, self.seed, self.length_group)}
+        return self._plans[epoch]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch, Lightning's ``limit_train_batches`` applied."""
+        return self._new_loader(workers=0).steps_in_epoch
 
     def _slicing(self, batch_size: int, accumulate: int = 1) -> Slicing:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
@@ -201,13 +210,21 @@ class TokenDataModule(LightningDataModule):
 
     def train_dataloader(self) -> WindowLoader:
         """Full windows, resumable; see `WindowLoader`."""
+        self._loader = self._new_loader(self.workers)
+        if self._position is not None:
+            self._loader.load_state_dict(self._position)
+            if self.trainer is not None:
+                align_progress(self.trainer, self._loader)
+        return self._loader
+
+    def _new_loader(self, workers: int) -> WindowLoader:
         trainer = self.trainer
-        self._loader = WindowLoader(
+        return WindowLoader(
             self.epoch_plan,
             self.corpus.rows,
             self._collator(),
             self._slicing(self.batch_size, trainer.accumulate_grad_batches if trainer is not None else 1),
-            workers=self.workers,
+            workers=workers,
             pin_memory=True,
             limit=trainer.limit_train_batches if trainer is not None else None,
             repeat=bool(getattr(trainer, "overfit_batches", 0)),
@@ -215,11 +232,6 @@ class TokenDataModule(LightningDataModule):
                 self.packing, [source.weight for source in self.sources], self.seed, self.length_group
             ),
         )
-        if self._position is not None:
-            self._loader.load_state_dict(self._position)
-            if trainer is not None:
-                align_progress(trainer, self._loader)
-        return self._loader
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Every held-out row once over all ranks; no loader where nothing is held out."""
