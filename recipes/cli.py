@@ -21,7 +21,7 @@ from lightning.pytorch.plugins import CheckpointIO
 import callbacks as ours
 from recipes.compose import LINKED, Composed
 from recipes.diagnose import Diagnosis, fields_of, find_class
-from recipes.errors import UserError, one_line
+from recipes.errors import UserError, one_line, user_message
 from recipes.redaction import redact_config
 from recipes.run_folder import RunFolder
 from recipes.yaml_tree import display
@@ -81,7 +81,7 @@ class RecipeCLI(LightningCLI):
         _place_loggers(values)
         _keep_seed_where_taken(values)
         try:
-            self.config = parser.parse_object(values)
+            self.config = parser.parse_object(deepcopy(values))  # it changes what it is given
         except (ArgumentError, TypeError, ValueError) as error:
             problems = Diagnosis(parser, self.composed, values).problems
             place = display(self.composed.files[0])
@@ -95,7 +95,17 @@ class RecipeCLI(LightningCLI):
 
     def instantiate(self) -> None:
         """Builds the objects of the config (no weights yet: these come in the module's `configure_model`)."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            # jsonargparse wraps what a class says of its arguments, and lets a few wrong types pass until here.
+            own = _our_cause(error)
+            if own is not None:
+                raise own from None
+            problems = Diagnosis(self.parser, self.composed, self.composed.values).problems
+            if problems:
+                raise UserError("\n".join(problems)) from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer without its loggers, which need the run's folder."""
@@ -183,6 +193,13 @@ class _RunPlace(Callback):
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.began = True
+
+
+def _our_cause(error: BaseException | None) -> BaseException | None:
+    """The mistake of the user's behind an error, as our code said it."""
+    while error is not None and user_message(error) is None:
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _keep_seed_where_taken(values: dict[str, Any]) -> None:

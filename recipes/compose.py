@@ -117,7 +117,7 @@ def merge(base: Node, over: Node) -> Node:
     """``over`` put on top of ``base``; neither is changed."""
     if over.whole:
         return over.copy()
-    if isinstance(over.value, dict) and isinstance(base.value, str) and _CLASS_NAME.fullmatch(base.value):
+    if isinstance(over.value, dict) and is_class_name(base.value):
         base = Node({"class_path": base}, base.origin)
     if over.value is not None and isinstance(base.value, dict) and "class_path" in base.value:
         over = _as_class(base, over)
@@ -138,7 +138,7 @@ def merge(base: Node, over: Node) -> Node:
 
 def _as_class(base: Node, over: Node) -> Node:
     """The short forms of a change to a class: its name alone, or its arguments without ``init_args``."""
-    if isinstance(over.value, str) and _CLASS_NAME.fullmatch(over.value):
+    if is_class_name(over.value):
         return Node({"class_path": over}, over.origin)
     if isinstance(over.value, dict) and "class_path" not in over.value:
         short = {key: node for key, node in over.value.items() if key.removesuffix("+") not in _CLASS_KEYS}
@@ -152,9 +152,12 @@ def _as_class(base: Node, over: Node) -> Node:
 
 def _is_class(node: Node) -> bool:
     """Whether a value is a class with its arguments, or the name of a class alone."""
-    if isinstance(node.value, str):
-        return _CLASS_NAME.fullmatch(node.value) is not None
-    return isinstance(node.value, dict) and "class_path" in node.value
+    return is_class_name(node.value) or (isinstance(node.value, dict) and "class_path" in node.value)
+
+
+def is_class_name(value: Any) -> bool:
+    """Whether a value reads as the name of a class: ``AdamW``, ``my_loss.MyLoss``."""
+    return isinstance(value, str) and _CLASS_NAME.fullmatch(value) is not None
 
 
 def _replaces(base: Node, over: Node) -> bool:
@@ -218,9 +221,9 @@ def _is_path_key(key: str) -> bool:
 # --- flags ----------------------------------------------------------------------------------------------------------
 
 
-def _override(root: Node, key: str, text: str) -> Node:
+def _override(root: Node, key: str, text: str, flag: str = "") -> Node:
     """The tree that sets one dotted key, in the long form that the config has at that place."""
-    flag = f"--{key}"
+    flag = flag or f"--{key}"
     parts = key.split(".")
     if not all(parts):
         raise UserError(f"{flag}: not a key; write --trainer.max_steps 10")
@@ -235,7 +238,10 @@ def _override(root: Node, key: str, text: str) -> Node:
             return _override_item(root, full, parts[parts.index(part) :], text, flag)
         full.append(part)
         node = node.value.get(name) if node is not None and isinstance(node.value, dict) else None
-    value = expand_files(read_value(text, flag)) if not _is_path_key(parts[-1]) else read_value(text, flag)
+    if _is_path_key(parts[-1]) and text != "null":
+        value = Node(text, Origin(flag=flag))  # as it is: `*.jsonl` would be an alias in YAML
+    else:
+        value = expand_files(read_value(text, flag))
     return _nest(full, value)
 
 
@@ -253,9 +259,7 @@ def _override_item(root: Node, full: list[str], rest: list[str], text: str, flag
         changed[int(index)] = expand_files(read_value(text, flag))
     else:
         item = changed[int(index)]
-        over = _override(item, ".".join(rest[1:]), text)
-        for _, node in over.walk():
-            node.origin = Origin(flag=flag)
+        over = _override(item, ".".join(rest[1:]), text, flag)
         changed[int(index)] = merge(item, over)
     return _nest(full, Node(changed, items.origin))
 

@@ -15,12 +15,13 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from recipes.compose import LINKED, Composed
+from recipes.compose import LINKED, Composed, is_class_name
 from recipes.errors import UserError, nearest, one_line
 from recipes.yaml_tree import Key, dotted
 
@@ -125,18 +126,25 @@ class Diagnosis:
     def __init__(self, parser: ArgumentParser, composed: Composed, values: Mapping[str, Any]) -> None:
         self.composed = composed
         self.problems: list[str] = []
+        self._wrong_tops: set[str] = set()
+        self._found = 0  # problems, those that were said elsewhere included
         tops = {a.dest: _field(a.dest, a) for a in _actions(parser) if "." not in a.dest}
         groups = {a.dest.split(".")[0] for a in _actions(parser) if "." in a.dest}
-        for name, value in values.items():
+        for name in sorted(values, key=lambda name: name not in LINKED):  # what is shared comes first
+            value = values[name]
             if name in groups:
                 self._mapping((name,), group_fields(parser, name), value, f"`{name}`")
             elif name in tops:
+                before = self._found
                 self._value((name,), tops[name].type, value)
+                if self._found > before:
+                    self._wrong_tops.add(name)
         for name, field in tops.items():
             if name not in groups and field.default is inspect.Parameter.empty and name not in values:
                 self.problems.append(f"`{name}`: missing; a recipe needs it")
 
     def _say(self, key: Key, text: str) -> None:
+        self._found += 1
         self.problems.append(f"{self.composed.origin(key)}: {text}")
 
     def _mapping(self, key: Key, fields: dict[str, Field], value: Any, owner: str) -> None:
@@ -168,19 +176,32 @@ class Diagnosis:
 
     def _value(self, key: Key, kind: Any, value: Any) -> None:
         """One value: as deep as config and types go together, else the whole of it."""
-        before = len(self.problems)
+        if self._said_at_the_top(key):
+            self._found += 1
+            return
+        before = self._found
         options = list(_options(kind))
         if isinstance(value, Mapping) and "class_path" in value:
             self._class(key, options, value)
-        elif isinstance(value, str) and (classes := _wanted_classes(options)) and not _accepts(kind, value):
-            self._class(key, options, {"class_path": value}) if classes else None
-        elif isinstance(value, Mapping) and (record := record_of(kind)) is not None:
+        elif is_class_name(value) and _wanted_classes(options) and not _accepts(kind, value):
+            self._class(key, options, {"class_path": value})
+        elif (record := record_of(kind)) is not None and isinstance(value, Mapping):
             self._mapping(key, fields_of(record), value, f"`{record.__name__}`")
+        elif record is not None and set(options) <= {record, type(None)} and not (value is None and len(options) > 1):
+            self._say(key, f"`{dotted(key)}` is {short(value)}; allowed: {describe(kind)}")
         elif isinstance(value, list) and (items := [o for o in options if typing.get_origin(o) in (list, tuple, set)]):
             for index, item in enumerate(value):
                 self._value((*key, index), (typing.get_args(items[0]) or (Any,))[0], item)
-        if len(self.problems) == before and not _accepts(kind, value):
+        if self._found == before and not _accepts(kind, value):
             self._say(key, f"`{dotted(key)}` is {short(value)}; allowed: {describe(kind)}")
+
+    def _said_at_the_top(self, key: Key) -> bool:
+        """Whether a value is the copy of a shared one that was found wrong already."""
+        tops = {linked: top for top, linked in LINKED.items()}
+        if len(key) != 3 or key[1] != "init_args" or key[2] not in tops:
+            return False
+        top = tops[str(key[2])]
+        return top in self._wrong_tops and self.composed.origin(key) == self.composed.origin((top,))
 
     def _class(self, key: Key, options: list[Any], value: Mapping[str, Any]) -> None:
         path, wanted = value["class_path"], _wanted_classes(options)
@@ -257,7 +278,7 @@ def _accepts(kind: Any, value: Any) -> bool:
     except ValueError:
         return True  # a type that jsonargparse does not check
     try:
-        parser.parse_object(Namespace(value=value))
+        parser.parse_object(Namespace(value=deepcopy(value)))  # it changes what it is given
     except (argparse.ArgumentError, TypeError, ValueError):
         return False
     return True

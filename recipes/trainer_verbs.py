@@ -126,7 +126,7 @@ def _folder(
     cli.use_folder(owned.path, owned)
     try:
         yield owned
-    except ValueError as error:
+    except Exception as error:
         if resumed is None and user_message(error) is not None and not cli.began:
             _remove(owned, existed)
         raise
