@@ -34,6 +34,7 @@ DEFAULT_CALLBACKS = (
     "MaskAudit",
     "GracefulStop",
     "ExportFolder",
+    "RunReport",
     "PredictionsWriter",
     "RecipeProgress",
 )
