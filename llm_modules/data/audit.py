@@ -25,6 +25,7 @@ class AuditReport:
 
     Attributes:
         documents: part -> how many.
+        bytes: part -> UTF-8 bytes of their text (of the assistant's turns, in conversations), for bits per byte.
         tokens, trained: tokens and trained targets of the training documents.
         rows, positions: rows of the first epoch, and the positions that they take.
         padding: share of positions that a padded layout wastes (0 where packed).
@@ -38,6 +39,7 @@ class AuditReport:
     """
 
     documents: dict[str, int]
+    bytes: dict[str, int]
     tokens: int
     trained: int
     rows: int
@@ -59,7 +61,9 @@ class AuditReport:
     @property
     def lines(self) -> list[str]:
         """The report, to be printed."""
-        parts = ", ".join(f"{count:,} {name}" for name, count in self.documents.items())
+        parts = ", ".join(
+            f"{count:,} {name} ({self.bytes[name] / 1e6:,.2f} MB)" for name, count in self.documents.items() if count
+        )
         percentiles = ", ".join(f"p{p} {length:,}" for p, length in self.lengths.items())
         lines = [
             f"documents: {parts}",
@@ -104,6 +108,7 @@ def audit_corpus(
     found = np.percentile(lengths, percentiles, method="higher") if len(lengths) else [0] * len(percentiles)
     report = AuditReport(
         documents={part: len(numbers) for part, numbers in corpus.documents.items()},
+        bytes={part: int(corpus.sizes[numbers].sum()) for part, numbers in corpus.documents.items()},
         tokens=int(lengths.sum()),
         trained=int(corpus.trained[documents].sum()),
         rows=len(plan),

@@ -95,11 +95,12 @@ class Corpus:
                 continue
             part = slice(self.first[number], self.first[number + 1])
             begin, end = starts[part] + 1 - self.rows.bases[number], stops[part] - self.rows.bases[number]
-            # Sums at two places at once: of each document, and of the gap up to the next one, which is not used. The
-            # zero put at the end keeps the last place in range.
-            mask = np.append(store.trained, np.False_)
-            sums = np.add.reduceat(mask, np.stack([np.minimum(begin, end), end], axis=1).ravel(), dtype=np.int64)[::2]
-            counts[part] = np.where(end > begin, sums, 0)
+            # Sums from each place to the next: of a document, and of the gap up to the next one, which is not used.
+            places = np.stack([np.minimum(begin, end), end], axis=1).ravel()
+            inside = int(np.searchsorted(places, len(store.trained)))
+            sums = np.zeros(len(places), dtype=np.int64)
+            sums[:inside] = np.add.reduceat(store.trained, places[:inside], dtype=np.int64)
+            counts[part] = np.where(end > begin, sums[::2], 0)
         return counts
 
     def hold_out(self, fraction: float, seed: int, exempt: Sequence[int] = ()) -> None:

@@ -175,7 +175,9 @@ class TokenDataModule(LightningDataModule):
         validation = self.validation_sources
         if validation is None:
             own = [self.sources[i] for i in self._with_own_validation()]
-            validation = [Source(source.path, columns=source.columns, split="validation") for source in own]
+            validation = [
+                Source(source.path, columns=source.columns, split="validation", limit=source.limit) for source in own
+            ]
         return {"train": self.sources, "validation": validation, "test": self.test_sources or []}
 
     @property

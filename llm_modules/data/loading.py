@@ -87,7 +87,24 @@ class _Reader:
         return iter(self.loader)
 
 
-class WindowLoader:
+class _Closing:
+    """Lets Lightning end the worker processes when a run ends, which it does through a DataLoader's ``_iterator``.
+
+    Left to the garbage collector, each of them is waited for in vain for five seconds.
+    """
+
+    _reader: _Reader
+
+    @property
+    def _iterator(self) -> Any:
+        return self._reader.loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._reader.loader._iterator = iterator
+
+
+class WindowLoader(_Closing):
     """The training loader: full windows only, an epoch after another, resumable at every optimizer step.
 
     Args:
@@ -233,7 +250,7 @@ def _total(window: Sequence[CountedBatch]) -> dict[str, float]:
     return total
 
 
-class EvaluationLoader:
+class EvaluationLoader(_Closing):
     """Every row exactly once over all ranks, which all make the same number of steps.
 
     Rows come longest first, so that a padded batch holds rows of similar length and memory is at its highest at once.

@@ -47,7 +47,7 @@ class Source:
         path: A file (.txt .jsonl .json .csv .parquet), a folder or a glob of such files, a hub id of `datasets`,
             `builtin:python-docs` (text) or `builtin:python-qa` (conversations). `data:NAME` is NAME below the folder
             named by the environment variable LITRECIPES_DATA.
-        columns: Our column name -> the name in the files, e.g. `{text: body}` or `{instruction: question}`.
+        columns: Our column name -> the name in the files, e.g. `{text: body}`, or a place in it: `instances.0.output`.
         format: How a file is read; `auto` goes by its suffix.
         weight: How often a document is seen per epoch: 1 once, 2 twice, 0.5 half of them, the other half in the next.
         split: Split of a hub data set or of a built-in corpus.
@@ -161,12 +161,9 @@ class Source:
     def _renamed(self, row: Row) -> Row:
         if not self.columns:
             return row
-        missing = [theirs for theirs in self.columns.values() if theirs not in row.columns]
-        if missing:
-            raise ValueError(f"{row.origin}: no column {missing[0]!r} (`columns`); there are: {_names(row.columns)}")
         taken = set(self.columns.values())
         renamed = {name: value for name, value in row.columns.items() if name not in taken}
-        renamed |= {ours: row.columns[theirs] for ours, theirs in self.columns.items()}
+        renamed |= {ours: _looked_up(row, theirs) for ours, theirs in self.columns.items()}
         return row._replace(columns=renamed)
 
     def fingerprint(self) -> str:
@@ -182,6 +179,21 @@ class Source:
 
         digest.update((readers.builtin_version(self.path) if self.builtin else readers.hub_version(self)).encode())
         return digest.hexdigest()
+
+
+def _looked_up(row: Row, name: str) -> Any:
+    """The value of a column, or of a place inside of one: `instances.0.output`."""
+    if name in row.columns:
+        return row.columns[name]
+    value: Any = row.columns
+    for part in name.split("."):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise ValueError(f"{row.origin}: no column {name!r} (`columns`); there are: {_names(row.columns)}")
+    return value
 
 
 def require(row: Row, column: str) -> Any:

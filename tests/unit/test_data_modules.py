@@ -284,6 +284,7 @@ def test_the_audit_counts_what_can_be_counted_by_hand(tmp_path):
     )
     assert report.tokens == 2 + 3 + 1 + 1 + 1 + 1
     assert report.trained == 4 + 2
+    assert report.bytes == {"train": 3 + 1 + 2 * len("<|endoftext|>"), "validation": 0, "test": 0}
     assert report.turns == 2
     assert report.endless == 0
     assert report.fatal == []

@@ -117,6 +117,17 @@ def test_resume_with_worker_processes(rows_file, tmp_path):
         assert part.seen == whole.seen[count:]
 
 
+def test_worker_processes_end_with_the_run(rows_file):
+    import multiprocessing
+
+    before = set(multiprocessing.active_children())
+    datamodule = data(rows_file, workers=2)
+    fit(Recorder(), datamodule, max_epochs=2)
+    assert set(multiprocessing.active_children()) == before
+    # They start again where the loader is used again.
+    assert len(list(datamodule.val_dataloader())) == len(datamodule.val_dataloader())
+
+
 def test_every_epoch_has_its_own_order_and_no_row_twice(rows_file):
     module = fit(Recorder(), data(rows_file), max_epochs=EPOCHS)
     epochs = [[e["tokens"] for e in module.seen if e["epoch"] == epoch] for epoch in range(EPOCHS)]
