@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_modules.data.audit import AuditReport
-    from llm_modules.data.datamodules import ConversationDataModule, TextDataModule, TokenDataModule
+    from llm_modules.data.datamodules import ConversationDataModule, TextDataModule
     from llm_modules.data.loading import EvaluationLoader, WindowLoader
     from llm_modules.data.sources import Source
+    from llm_modules.data.token_datamodule import TokenDataModule
 
 _HOME = {
     "AuditReport": "audit",
     "ConversationDataModule": "datamodules",
     "TextDataModule": "datamodules",
-    "TokenDataModule": "datamodules",
+    "TokenDataModule": "token_datamodule",
     "EvaluationLoader": "loading",
     "WindowLoader": "loading",
     "Source": "sources",

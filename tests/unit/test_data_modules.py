@@ -467,7 +467,7 @@ def test_settings_are_checked(settings, message):
 
 
 def test_the_cache_folder_follows_the_convention(monkeypatch, tmp_path):
-    from llm_modules.data.datamodules import cache_folder
+    from llm_modules.data.token_datamodule import cache_folder
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(None) == tmp_path / "litrecipes"
