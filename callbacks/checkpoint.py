@@ -64,6 +64,7 @@ class StepCheckpoint(ModelCheckpoint):
         self.stop_with: SystemExit | None = None  # another callback's wish: save, then end the run with this
         self._due = False
         self._stop_now = False
+        self._stop_later = False
 
     @property
     def state_key(self) -> str:
@@ -77,7 +78,7 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.stop_with, self._stop_now = None, False
+        self.stop_with, self._stop_now, self._stop_later = None, False, False
         _refuse_validation_inside_a_window(trainer)
         resumed = trainer.ckpt_path is not None
         earlier = [path.name for path in self.complete_checkpoints()]
@@ -98,7 +99,13 @@ class StepCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save, or leave it to the end of the validation that follows at once."""
-        if _inside_window(trainer) or self._should_skip_saving_checkpoint(trainer):
+        if _inside_window(trainer):
+            # Who wants to stop here (a timer) gets it at the end of the window, or its gradients would be lost.
+            self._stop_later = self._stop_later or trainer.should_stop
+            trainer.should_stop = False
+            return
+        trainer.should_stop = trainer.should_stop or self._stop_later
+        if self._should_skip_saving_checkpoint(trainer):
             return
         step = trainer.global_step
         due = self._due or (self.every_n_steps > 0 and step % self.every_n_steps == 0) or _is_final(trainer)
@@ -135,7 +142,7 @@ class StepCheckpoint(ModelCheckpoint):
         """Nothing: an epoch's last step is a step like the others."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step > 0 and not self._should_skip_saving_checkpoint(trainer):
+        if trainer.global_step > 0 and not _inside_window(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self.save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from callbacks import AtomicCheckpointIO, GracefulStop, MetricsCSV, StepCheckpoint
+from callbacks import AtomicCheckpointIO, GracefulStop, MetricsCSV, SpikeGuard, StepCheckpoint, Throughput
 
 warnings.filterwarnings("ignore", module="lightning")
 
@@ -70,9 +73,9 @@ class TinyModule(pl.LightningModule):
 
     flops_per_token: float | None = 100.0
 
-    def __init__(self, length: int = 8, poison: int | None = None) -> None:
+    def __init__(self, length: int = 8, poison: int | None = None, poison_rank: int = 0) -> None:
         super().__init__()
-        self.length, self.poison = length, poison
+        self.length, self.poison, self.poison_rank = length, poison, poison_rank
         torch.manual_seed(0)
         self.layer = nn.Linear(4, 1)
 
@@ -84,10 +87,10 @@ class TinyModule(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log("val/loss", (self.layer(batch.inputs) - batch.targets).square().mean())
+        self.log("val/loss", (self.layer(batch.inputs) - batch.targets).square().mean(), sync_dist=True)
 
     def train_dataloader(self) -> Rows:
-        return Rows(self.length, self.global_rank, self.poison)
+        return Rows(self.length, self.global_rank, self.poison if self.global_rank == self.poison_rank else None)
 
     def val_dataloader(self) -> tuple[Batch, ...]:
         return HeldOut(Rows(3, rank=77))
@@ -137,9 +140,7 @@ class Announce(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        import time
-
-        print(f"step {trainer.global_step}", flush=True)
+        print(f"rank {trainer.global_rank}, pid {os.getpid()}, step {trainer.global_step}", flush=True)
         time.sleep(self.seconds)
 
 
@@ -150,9 +151,6 @@ class KillAt(pl.Callback):
         self.place, self.step = place, step
 
     def _kill(self) -> None:
-        import os
-        import signal
-
         os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -183,8 +181,6 @@ class KillAt(pl.Callback):
         torch.save = half_save
 
     def _kill_at_the_link(self) -> None:
-        import os
-
         real_replace = os.replace
 
         def replace_and_die(source: Any, target: Any) -> None:
@@ -197,7 +193,13 @@ class KillAt(pl.Callback):
         os.replace = replace_and_die
 
 
-FACTORIES: dict[str, Any] = {"announce": Announce, "kill": KillAt, "stop": GracefulStop}
+FACTORIES: dict[str, Any] = {
+    "announce": Announce,
+    "guard": SpikeGuard,
+    "kill": KillAt,
+    "stop": GracefulStop,
+    "throughput": Throughput,
+}
 
 if __name__ == "__main__":
     main()

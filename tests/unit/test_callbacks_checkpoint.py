@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from callback_runs import TinyModule, make_trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from callbacks import StepCheckpoint
 from callbacks.metrics_csv import MACHINE_COLUMNS, read_rows
@@ -56,6 +56,26 @@ def test_saves_only_after_optimizer_steps(tmp_path: Path, accumulate: int) -> No
     trainer.fit(TinyModule(length=5 * accumulate))
     assert positions(tmp_path) == [2 * accumulate, 4 * accumulate, 5 * accumulate]
     assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == "step-00000005.ckpt"
+
+
+def test_who_stops_a_run_inside_a_window_stops_it_at_its_end(tmp_path: Path) -> None:
+    class Timer(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            trainer.should_stop = trainer.should_stop or batch_idx == 5
+
+    settings: dict[str, Any] = {"accumulate_grad_batches": 4, "limit_val_batches": 1, "val_check_interval": 16}
+
+    def checkpoint() -> StepCheckpoint:
+        return StepCheckpoint(every_n_steps=100)
+
+    trainer = make_trainer(tmp_path / "run", Timer(), checkpoint=checkpoint(), max_steps=9, **settings)
+    trainer.fit(TinyModule(length=16))
+    assert positions(tmp_path / "run") == [8]
+    assert trainer.global_step == 2
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    make_trainer(tmp_path / "run", checkpoint=checkpoint(), max_steps=9, **settings).fit(TinyModule(16), ckpt_path=last)
+    make_trainer(tmp_path / "whole", checkpoint=checkpoint(), max_steps=9, **settings).fit(TinyModule(16))
+    torch.testing.assert_close(weights(tmp_path / "run"), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
 def test_stock_checkpoint_saves_inside_a_window_after_resume_and_ours_does_not(tmp_path: Path) -> None:

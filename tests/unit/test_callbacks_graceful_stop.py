@@ -37,7 +37,7 @@ def start(folder: Path, signals: list[str], **options: Any) -> subprocess.Popen[
 def wait_for(process: subprocess.Popen[str], line: str) -> None:
     assert process.stdout is not None
     for found in process.stdout:
-        if found.strip() == line:
+        if found.strip().endswith(line):
             return
     pytest.fail(f"the run ended before {line!r}: {process.stderr.read() if process.stderr else ''}")
 

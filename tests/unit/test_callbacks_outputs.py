@@ -79,8 +79,17 @@ def samples(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+class Drawing(Generator):
+    """Uses up random numbers of every kind."""
+
+    def generate(self, *arguments: Any, **named: Any) -> Any:
+        random.random()
+        torch.rand(())
+        return super().generate(*arguments, **named)
+
+
 def sampler(**arguments: Any) -> Samples:
-    return Samples(["aa", "a"], Generator(max_new_tokens=5), **arguments)
+    return Samples(["aa", "a"], Drawing(max_new_tokens=5), **arguments)
 
 
 def test_samples_show_what_was_learned_and_do_not_disturb_training(tmp_path: Path) -> None:
