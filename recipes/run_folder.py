@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -110,6 +111,12 @@ class RunFolder:
     def mark_unfinished(self) -> None:
         (self.path / FINISHED).unlink(missing_ok=True)
 
+    def begin_again(self) -> None:
+        """Drops what was measured before the first checkpoint was whole: the run repeats it from its first step."""
+        for name in ("metrics.csv", "samples.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest step. (A half-written one has another name until it is whole.)"""
         found = [(int(match[1]), p) for p in self.checkpoints.glob("*.ckpt") if (match := _STEP.fullmatch(p.name))]
@@ -177,8 +184,8 @@ def checkpoint_of(run: RunFolder, which: str) -> Path:
     path = run.newest_checkpoint()
     if path is None:
         raise UserError(
-            f"--ckpt_path {which}: {display(run.path)} was stopped before its first checkpoint was whole; begin anew "
-            "without the flag, or name another run: --run N"
+            f"--ckpt_path {which}: {display(run.path)} was stopped before its first checkpoint was whole; `fit` "
+            "with the same flag begins it again, or name another run: --run N"
         )
     return path
 

@@ -68,7 +68,7 @@ def run(verb: str, words: Sequence[str]) -> int:
 
 
 def find_checkpoint(command: Command, composed: Composed) -> tuple[RunFolder | None, Path | None]:
-    """The run to go on in (None: a new one) and the checkpoint to begin from (None: none).
+    """The run to go on in (None: a new one) and the checkpoint to begin from (None: from the first step).
 
     Raises:
         UserError: there is no such run or checkpoint.
@@ -83,6 +83,8 @@ def find_checkpoint(command: Command, composed: Composed) -> tuple[RunFolder | N
         else:
             runs_dir = Path(composed.values.get("runs_dir") or "runs")
             run = find_run(runs_dir, composed.name, command.run, unfinished=command.verb == "fit")
+        if command.verb == "fit" and which != "best" and run.newest_checkpoint() is None:
+            return run, None  # killed before its first checkpoint: nothing is lost by beginning it again
         return run, checkpoint_of(run, which or "last")
     if command.run is not None:
         raise UserError(f"--run {command.run}: goes with --ckpt_path last or best, not with a path")
@@ -114,8 +116,11 @@ def _folder(
         if resumed is not None:
             owned.acquire()
             owned.mark_unfinished()
-            assert checkpoint is not None
-            print(f"continuing {display(owned.path)} from {checkpoint.name}", file=sys.stderr)
+            if checkpoint is None:
+                owned.begin_again()
+                print(f"{display(owned.path)}: no checkpoint yet, beginning it again", file=sys.stderr)
+            else:
+                print(f"continuing {display(owned.path)} from {checkpoint.name}", file=sys.stderr)
         else:
             print(f"run: {display(owned.path)}", file=sys.stderr)
         write_config(owned, cli.config_text())

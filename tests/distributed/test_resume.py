@@ -114,10 +114,5 @@ def test_killed_and_resumed(undisturbed: tuple[str, list], where: str, step: int
     killed = recipes(tmp_path, "fit", "-c", "recipe.yaml", "-c", "kill.yaml")
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     resumed = recipes(tmp_path, "fit", "-c", "recipe.yaml", "--ckpt_path", "last")
-    if step < 2:
-        # Killed before the first checkpoint: there is nothing to continue, and that is said.
-        assert resumed.returncode == 2
-        assert "ckpt_path" in resumed.stderr
-        return
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert metrics(tmp_path) == expected
