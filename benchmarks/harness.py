@@ -109,7 +109,7 @@ def compare(sides: list[Side], work: Path, *, repetitions: int) -> dict[str, lis
             runs[side.name].append(measures(run, side.warmup))
             last = runs[side.name][-1]
             print(
-                f"  {repetition + 1}/{repetitions} {side.name}: {last['wall']:.3f} s wall, {last['cpu']:.3f} s CPU a step, "
+                f"  {repetition + 1}/{repetitions} {side.name}: {last['wall']:.3f} s wall, {last['cpu']:.3f} s CPU, "
                 f"peak {last['peak_mib']:.0f} MiB",
                 flush=True,
             )

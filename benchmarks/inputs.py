@@ -44,7 +44,7 @@ def book_text() -> str:
 
 
 def write_model(folder: Path, texts: Iterable[str], sequence: int = SEQUENCE, vocabulary: int = VOCABULARY) -> None:
-    """A byte-level BPE tokenizer trained on ``texts``, and a Llama with seeded random weights (fp32), as a HF folder."""
+    """A byte-level BPE tokenizer trained on ``texts``, and a Llama with seeded random weights, as a HF folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM

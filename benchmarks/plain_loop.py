@@ -21,7 +21,7 @@ class Packed:
 
 
 def packed_batches(rows: list[dict[str, str]], tokenizer: Any, sequence: int, batch: int) -> list[Packed]:
-    """Instruction/response rows, cut to ``sequence`` tokens, ``batch`` of them to a packed row; responses are trained."""
+    """Instruction/response rows, cut to ``sequence`` tokens, ``batch`` of them a packed row; responses are trained."""
     documents = []
     for row in rows:
         prompt = [{"role": "user", "content": row["instruction"]}]

@@ -74,7 +74,6 @@ class Recorder:
         self.facts["imported_mib"] = resident_mib()
         reset_peak()
         register_optimizer_step_post_hook(lambda *_: self.tick())
-        self.ticks.append(self._now())
 
     def tick(self) -> None:
         self.ticks.append(self._now())
@@ -84,10 +83,13 @@ class Recorder:
             self._tokens.clear()
 
     def watch(self, model: nn.Module) -> None:
-        """Count the parameters and, in a check run, record the tokens that go into the embedding.
+        """The model is built and training begins: count its parameters, read the clocks, and, in a check run, record
+        the tokens that go into the embedding.
 
         The hash of a step is that of its *sorted* tokens: it is the same for padded and for packed rows.
         """
+        self.ticks, self.rows = [self._now()], []
+        self._tokens.clear()
         self.facts["parameters"] = sum(p.numel() for p in model.parameters())
         self.facts["parameter_dtypes"] = sorted({str(p.dtype) for p in model.parameters()})
         if self.check:

@@ -19,7 +19,7 @@ Settings = dict[str, Any]
 
 
 def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, **variant: Any) -> None:
-    """SFTTrainer as its documentation has it: prompt/completion rows, its own defaults, the settings all sides share."""
+    """SFTTrainer as its documentation has it: prompt/completion rows, its defaults, and what all sides share."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer

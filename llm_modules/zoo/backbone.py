@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -18,11 +19,15 @@ from llm_modules.zoo.configuration import (
     config_of_source,
     local_folder,
     nearest,
+    rounded_vocabulary,
 )
 from llm_modules.zoo.head import HeadKind, check_head_kind
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from llm_modules.zoo.estimate import ModelSummary
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -148,7 +153,62 @@ class Backbone:
             _checkpoint_activations(hf)
         if self.compile:
             model.compile_blocks()
-        return model
+        # from_pretrained gives a model in evaluation mode, which would train without dropout.
+        return model.train()
+
+    def summary(
+        self,
+        *,
+        vocabulary: int,
+        sequence_length: int,
+        tokens: int,
+        precision: str = "32-true",
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        trained_share: float = 1.0,
+        device: str = "cpu",
+    ) -> ModelSummary:
+        """Parameters, FLOPs and peak memory of training, without making a weight.
+
+        Args:
+            vocabulary: number of the tokenizer's tokens.
+            sequence_length: longest row in tokens.
+            tokens: positions of a micro-batch of one device, padding included.
+            precision: the trainer's.
+            optimizer: makes the optimizer of parameters; None: AdamW.
+            trained_share: share of the positions whose next token is trained.
+            device: ``cpu`` or ``cuda``.
+
+        Raises:
+            ValueError: what ``check`` finds.
+        """
+        from llm_modules.zoo.estimate import summarize
+        from llm_modules.zoo.memory import peak_memory
+
+        config = self.check(vocabulary=vocabulary, sequence_length=sequence_length, precision=precision)
+        config = self._fitted(config, vocabulary)
+        summary = summarize(config, sequence_length=sequence_length)
+        memory = peak_memory(
+            config,
+            parameters=summary.parameters,
+            tokens=tokens,
+            precision=precision,
+            optimizer=optimizer,
+            trained_share=trained_share,
+            activation_checkpointing=self.activation_checkpointing,
+            attention=self.attention,
+            head=self.head,
+            head_chunk=self.head_chunk,
+            device=device,
+        )
+        return replace(summary, memory=memory)
+
+    @staticmethod
+    def _fitted(config: PretrainedConfig, tokens: int) -> PretrainedConfig:
+        """A source's config with room for the tokenizer's tokens."""
+        text = config.get_text_config()
+        if tokens > text.vocab_size:
+            text.vocab_size = rounded_vocabulary(tokens)
+        return config
 
     def _weights(self, config: PretrainedConfig, tokens: int, dtype: torch.dtype, seed: int) -> PreTrainedModel:
         from llm_modules.zoo.vocabulary import grow_embeddings
@@ -166,7 +226,11 @@ class Backbone:
             )
         else:
             hf = random_model(
-                config, attention=self.attention, seed=seed, trust_remote_code=self.trust_remote_code, dtype=dtype
+                self._fitted(config, tokens),
+                attention=self.attention,
+                seed=seed,
+                trust_remote_code=self.trust_remote_code,
+                dtype=dtype,
             )
         grow_embeddings(hf, tokens)
         return hf
