@@ -8,14 +8,19 @@ if TYPE_CHECKING:
     from llm_modules.zoo.backbone import Backbone
     from llm_modules.zoo.causal_lm import CausalLM
     from llm_modules.zoo.description import describe_difference
+    from llm_modules.zoo.estimate import ModelSummary, TokenFlops
+    from llm_modules.zoo.memory import PeakMemory
 
 _WHERE = {
     "Backbone": "backbone",
     "CausalLM": "causal_lm",
+    "ModelSummary": "estimate",
+    "PeakMemory": "memory",
+    "TokenFlops": "estimate",
     "describe_difference": "description",
 }
 
-__all__ = ["Backbone", "CausalLM", "describe_difference"]
+__all__ = ["Backbone", "CausalLM", "ModelSummary", "PeakMemory", "TokenFlops", "describe_difference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from llm_modules.batch import IGNORE_INDEX, TokenScores
 from llm_modules.logprobs import DEFAULT_CHUNK
 from llm_modules.zoo.attention import training_layout
 from llm_modules.zoo.description import describe
+from llm_modules.zoo.estimate import token_flops
 from llm_modules.zoo.head import HeadKind, ScoringHead, head_transform
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ class CausalLM(nn.Module):
 
     Attributes:
         hf: transformers' ``...ForCausalLM``; for generation, adapters and export.
+        head: scores hidden states under the model's own output weights.
+        flops: what a token costs.
+        packing_problem: why packed documents would see each other in this model; None where they do not.
     """
 
     def __init__(
@@ -45,7 +49,9 @@ class CausalLM(nn.Module):
         self.hf = hf
         self.head = ScoringHead(head_transform(hf.config), kind=head, chunk=head_chunk)
         self.packing_problem = packing_problem
-        self._description = describe(hf)  # now: a sharded model no longer knows its own size
+        # Now: a sharded model no longer knows its own size.
+        self._description = describe(hf)
+        self.flops = token_flops(hf)
 
     def forward(
         self,
@@ -139,8 +145,8 @@ class CausalLM(nn.Module):
         return self._description
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Training FLOPs a token at this document length (see ``estimate``)."""
-        return float(6 * sum(p.numel() for p in self.hf.parameters()))
+        """FLOPs of training on a token of a document of ``sequence_length`` tokens (see ``estimate.TokenFlops``)."""
+        return self.flops.training(sequence_length)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (config, generation config, safetensors)."""

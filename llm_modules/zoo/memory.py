@@ -1,0 +1,198 @@
+"""Peak memory of training, estimated before any weight exists.
+
+The activations are not a formula a family: a model of one and one of two blocks are run on torch's fake tensors, which
+have shapes and no memory, and what autograd would keep is added up.
+
+Shape legend: B rows, T positions, N = B * T positions, M trained positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_modules.zoo.attention import NAME, register
+from llm_modules.zoo.causal_lm import CausalLM
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import PretrainedConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Bytes at the moment of training when most are in use: at the start of a backward pass.
+
+    The gradients are those of the step before (or of the window so far), which live until then.
+
+    Attributes:
+        weights, gradients, optimizer: of all parameters (state of the optimizer).
+        activations: what the backward pass of the decoder needs.
+        head: hidden states, logits and gradients of scoring the trained tokens.
+        allocator: what a CPU's allocator holds and cannot use.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+    allocator: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.allocator
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Name and text of the lines of a summary."""
+        parts = (
+            f"weights {_gib(self.weights)}, gradients {_gib(self.gradients)}, optimizer {_gib(self.optimizer)}, "
+            f"activations {_gib(self.activations)}, head {_gib(self.head)}"
+        )
+        if self.allocator:
+            parts += f", allocator {_gib(self.allocator)}"
+        return [("peak memory", f"{_gib(self.total)} GiB ({parts})")]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def peak_memory(
+    config: PretrainedConfig,
+    *,
+    parameters: int,
+    tokens: int,
+    precision: str = "32-true",
+    optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+    trained_share: float = 1.0,
+    activation_checkpointing: bool = False,
+    attention: str = NAME,
+    head: str = "chunked",
+    head_chunk: int = 512,
+    trainable: int | None = None,
+    device: str = "cpu",
+) -> PeakMemory:
+    """Peak memory of one device that holds the whole model, in eager mode (compiled blocks keep less).
+
+    Args:
+        config: with its final vocabulary.
+        parameters: number of parameters.
+        tokens: positions of a micro-batch, padding included.
+        precision: the trainer's.
+        optimizer: makes the optimizer of parameters (as in a recipe); None: AdamW.
+        trained_share: share of the positions whose next token is trained.
+        activation_checkpointing, attention, head, head_chunk: the backbone's.
+        trainable: number of trainable parameters; None: all.
+        device: ``cpu`` or ``cuda``. On a CPU, glibc's heap is left with holes that the next tensors do not fit in: as
+            measured, about as much as the activations and half the head's (the other fields are the bytes in use).
+    """
+    size = torch.finfo(weight_dtype(precision)).bits // 8
+    trained = parameters if trainable is None else trainable
+    activations = activation_bytes(config, tokens, precision, activation_checkpointing, attention)
+    scoring = head_bytes(config, round(tokens * trained_share), precision, head, head_chunk)
+    return PeakMemory(
+        weights=parameters * size,
+        gradients=trained * size,
+        optimizer=int(trained * size * optimizer_state(optimizer)) if optimizer else 2 * trained * size,
+        activations=activations,
+        head=scoring,
+        allocator=activations + scoring // 2 if device == "cpu" else 0,
+    )
+
+
+def weight_dtype(precision: str) -> torch.dtype:
+    """Dtype of the weights under a precision of the trainer."""
+    return {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}.get(
+        precision, torch.float32
+    )
+
+
+def optimizer_state(factory: Callable[[Iterable[Any]], Optimizer]) -> float:
+    """Bytes of optimizer state for a byte of matrix weights, seen in one step of a small matrix."""
+    matrix = nn.Parameter(torch.ones(64, 64))
+    matrix.grad = torch.ones(64, 64)
+    optimizer = factory([{"params": [matrix], "kind": "matrix"}])
+    optimizer.step()
+    state = [value for value in optimizer.state[matrix].values() if isinstance(value, Tensor)]
+    return sum(value.numel() * value.element_size() for value in state) / (4 * matrix.numel())
+
+
+def activation_bytes(
+    config: PretrainedConfig,
+    tokens: int,
+    precision: str = "32-true",
+    activation_checkpointing: bool = False,
+    attention: str = NAME,
+) -> int:
+    """What the backward pass of the decoder needs, for ``tokens`` positions."""
+    layers = config.get_text_config().num_hidden_layers
+    one, weights_of_one = _kept(config, 1, tokens, precision, attention)
+    two, weights_of_two = _kept(config, 2, tokens, precision, attention)
+    if not activation_checkpointing:
+        return one + (layers - 1) * (two - one)
+    mixed = precision.endswith("-mixed")
+    inputs = tokens * config.get_text_config().hidden_size * torch.finfo(weight_dtype(precision)).bits // 8
+    copies = 2 * (weights_of_two - weights_of_one) if mixed else 0  # autocast's, in half precision
+    return one + (layers - 1) * (inputs + copies)  # and one block as a whole, while it is computed again
+
+
+def _kept(config: PretrainedConfig, layers: int, tokens: int, precision: str, attention: str) -> tuple[int, int]:
+    """Bytes that autograd keeps of a forward pass of ``layers`` blocks, and the number of the model's parameters."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    register()
+    small = shortened(config, layers)
+    low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no storage's address is used twice
+    with FakeTensorMode():
+        hf = AutoModelForCausalLM.from_config(small, attn_implementation=attention, dtype=weight_dtype(precision))
+        model = CausalLM(hf)
+        own = {tensor.untyped_storage()._cdata for tensor in (*hf.parameters(), *hf.buffers())}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                sizes[storage._cdata] = storage.nbytes()
+                alive.append(tensor)
+            return tensor
+
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", low) if low else nullcontext():
+            model.hidden_states(ids, torch.arange(tokens)[None])
+    return sum(sizes.values()), sum(parameter.numel() for parameter in hf.parameters())
+
+
+def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The same config with only the first ``layers`` blocks."""
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    before = text.num_hidden_layers
+    for key, value in vars(text).items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, key, value[:layers])
+    text.num_hidden_layers = min(layers, before)
+    return short
+
+
+def head_bytes(config: PretrainedConfig, trained: int, precision: str, head: str, chunk: int) -> int:
+    """What scoring ``trained`` tokens takes: hidden states and their gradient, the head's gradient, some logits."""
+    text = config.get_text_config()
+    width, rows = text.hidden_size, text.vocab_size
+    size = torch.finfo(weight_dtype(precision)).bits // 8
+    mixed = precision.endswith("-mixed")
+    scored = min(trained, chunk) if head == "chunked" else trained
+    logits = scored * rows * (4 + 4 + (2 if mixed else size))
+    copies = rows * width * (2 if mixed else 0)
+    return 2 * trained * width * size + rows * width * size + copies + logits
