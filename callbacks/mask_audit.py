@@ -40,6 +40,16 @@ class MaskAudit(Callback):
         if fatal:
             raise ValueError("; ".join(fatal))
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loader: Any = trainer.train_dataloader
+        dropped = getattr(loader, "dropped_rows", 0)
+        if dropped and trainer.is_global_zero:
+            print(
+                f"data: {dropped} of an epoch's {loader.rows_in_epoch} rows do not fill an optimizer step; each epoch "
+                "leaves out others",
+                file=sys.stderr,
+            )
+
 
 def _as_json(report: Any) -> dict[str, Any]:
     facts = asdict(report) if is_dataclass(report) and not isinstance(report, type) else {}

@@ -75,6 +75,11 @@ class LLMModule(LightningModule):
         """Positions trained on so far over all ranks, without padding."""
         return int(self._tokens_seen)
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Token ids that the model knows; None before it is built."""
+        return None if self.model is None else int(self.model.hf.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+
     # --- building
 
     @property
@@ -119,8 +124,7 @@ class LLMModule(LightningModule):
         """
         steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
         if epochs is not None and epochs > 0:
-            loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-            by_epochs = epochs * (len(loader) // self.trainer.accumulate_grad_batches)
+            by_epochs = epochs * self.trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
             steps = by_epochs if steps < 0 else min(steps, by_epochs)
         if steps < 0:
             raise ValueError(
