@@ -88,10 +88,6 @@ def fit(folder: Path, packing: str, accumulate: int = 1) -> Record:
         enable_progress_bar=False, enable_model_summary=False, callbacks=[record],
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
-    record.losses, record.norms = (
-        record.losses[accumulate - 1 :: accumulate],
-        record.norms[accumulate - 1 :: accumulate],
-    )
     return record
 
 
