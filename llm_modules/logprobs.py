@@ -173,10 +173,11 @@ class _Gradients:
             self.bias.add_(grad_MV.sum(0))
 
     def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        gradients = (self.hidden, self.weight, self.bias)
         if factor is not None:
-            gradients = tuple(g if g is None else g.mul_(factor.to(g.dtype)) for g in gradients)
-        return gradients
+            for gradient in (self.hidden, self.weight, self.bias):
+                if gradient is not None:
+                    gradient.mul_(factor.to(gradient.dtype))
+        return self.hidden, self.weight, self.bias
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -67,7 +67,7 @@ class RunSchedule(LRScheduler):
             return (step + 1) / warmup
         return self.shape(min(1.0, (step - warmup) / max(1, self.total_steps - warmup)))
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[Any]:
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
