@@ -112,7 +112,7 @@ class Demo:
             *("prepare", "tokenizer", "--source", "builtin:python-docs", "--vocab_size", str(VOCABULARY)),
             *("--out", str(FOLDER / "tokenizer"), "--overwrite"),
         )
-        flags = ["--trainer.precision", precision, *([] if steps is None else ["--trainer.max_steps", str(steps)])]
+        flags = ["--trainer.precision", precision, *length(steps)]
         self.fit("pretrain/demo", flags)
         self.command("export", str(self.runs[-1]), str(FOLDER / "base"), "--which", "last", "--overwrite")
         perplexity = last_value(self.runs[-1] / "metrics.csv", "val/perplexity")
@@ -128,7 +128,7 @@ class Demo:
 
     def finetune(self, precision: str, steps: int | None) -> None:
         """The chat model; its loss on held-out answers against the base model's."""
-        flags = ["--trainer.precision", precision, *([] if steps is None else ["--trainer.max_steps", str(steps)])]
+        flags = ["--trainer.precision", precision, *length(steps)]
         before = self.validate("sft/demo", ["--trainer.precision", precision])["val/loss"]
         self.fit("sft/demo", flags)
         self.command("export", str(self.runs[-1]), str(FOLDER / "chat"), "--which", "last", "--overwrite")
@@ -218,6 +218,13 @@ class Demo:
 
     def _say(self, words: Sequence[str]) -> None:
         print(f"$ {shlex.join(('recipes', *words))}", flush=True)
+
+
+def length(steps: int | None) -> list[str]:
+    """Flags for another length than the recipe's: validated half-way and at the end."""
+    if steps is None:
+        return []
+    return ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(max(1, steps // 2))]
 
 
 # --- measures -------------------------------------------------------------------------------------------------------
