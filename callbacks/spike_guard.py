@@ -70,18 +70,30 @@ class SpikeGuard(Callback):
     ) -> None:
         losses, rows = self._losses, self._rows
         self._losses, self._rows = [], []
-        problem = self._not_a_number(trainer, torch.stack(losses).float(), optimizer, rows)
+        problem = self._not_a_number(trainer, pl_module, torch.stack(losses).float(), optimizer, rows)
         # Every rank stops, or none: the others would wait for this one for ever.
         if trainer.strategy.reduce_boolean_decision(bool(problem), all=False):
             raise UnstableTraining(self._of_any_rank(trainer, problem))
         if self.spike != "off":
             self._look_for_a_jump(trainer, rows)
 
-    def _not_a_number(self, trainer: pl.Trainer, losses: Tensor, optimizer: Optimizer, rows: list[list[int]]) -> str:
+    def _not_a_number(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        losses: Tensor,
+        optimizer: Optimizer,
+        rows: list[list[int]],
+    ) -> str:
         """What is wrong on this rank, or nothing."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        norm = losses.new_zeros(()) if scaled or not gradients else _total_norm(gradients)
+        norm = losses.new_zeros(())
+        if gradients and not scaled:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if hasattr(pl_module, "gradient_norm"):
+                pl_module.gradient_norm = norm  # the module clips by it and logs it: one pass over the gradients less
+            norm = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
         finite = torch.isfinite(torch.cat([losses, norm.to(losses).reshape(1)])).tolist()
         if all(finite):
             return ""
@@ -140,11 +152,6 @@ class SpikeGuard(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._history.extend(state_dict["history"])
-
-
-def _total_norm(gradients: list[Tensor]) -> Tensor:
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
 
 
 def _named(rows: list[int], most: int = 16) -> str:

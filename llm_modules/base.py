@@ -65,6 +65,7 @@ class LLMModule(LightningModule):
         self.model: CausalLM | None = None
         self._tokens_seen: Tensor | int = 0
         self.flops_per_token: float | None = None
+        self.gradient_norm: Tensor | None = None
         self._tokenizer: Any = None
         self._window: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
@@ -206,9 +207,11 @@ class LLMModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips, and logs the norm of the gradient before it."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        """Clips, and logs the norm of the gradient before it (that a callback may have computed just now)."""
+        norm, self.gradient_norm = self.gradient_norm, None
+        if norm is None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
         self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]

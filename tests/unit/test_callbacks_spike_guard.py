@@ -54,6 +54,19 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
         assert torch.equal(found, expected)
 
 
+def test_a_module_that_clips_is_spared_the_norm(tmp_path: Path) -> None:
+    class Clips(TinyModule):
+        gradient_norm: Tensor | None = None
+
+        def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+            by_hand = torch.cat([parameter.grad.flatten() for parameter in self.parameters()]).square().sum().sqrt()
+            assert self.gradient_norm is not None
+            torch.testing.assert_close(self.gradient_norm, by_hand)
+            self.gradient_norm = None
+
+    make_trainer(tmp_path, SpikeGuard(), max_steps=3).fit(Clips())
+
+
 class Jumps(TinyModule):
     """Logs a loss of about 1 that is 10 in step 30."""
 
