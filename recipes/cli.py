@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import warnings
@@ -78,7 +77,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(ours.StepCheckpoint, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        values = deepcopy(self.composed.values)
+        values = self._values = deepcopy(self.composed.values)
         _place_loggers(values)
         _keep_seed_where_taken(values)
         try:
@@ -96,6 +95,9 @@ class RecipeCLI(LightningCLI):
 
     def instantiate(self) -> None:
         """Builds the objects of the config (no weights yet: these come in the module's `configure_model`)."""
+        whole = self.config
+        self.config = whole.clone()
+        self.config.trainer.logger = None  # made when the run's folder is known, see `loggers`
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
@@ -103,10 +105,12 @@ class RecipeCLI(LightningCLI):
             own = _our_cause(error)
             if own is not None:
                 raise own from None
-            problems = Diagnosis(self.parser, self.composed, self.composed.values).problems
+            problems = Diagnosis(self.parser, self.composed, self._values).problems
             if problems:
                 raise UserError("\n".join(problems)) from error
             raise
+        finally:
+            self.config = whole
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer without its loggers, which need the run's folder."""
@@ -133,6 +137,8 @@ class RecipeCLI(LightningCLI):
             left_out.add("RecipeProgress")
         if trainer.get("enable_checkpointing") is False:
             left_out |= {"GracefulStop", "ExportFolder"}  # what they do is done with a checkpoint
+        if trainer.get("fast_dev_run"):
+            left_out.add("MaskAudit")  # it would write; the data are audited before
         if not hasattr(self.model, "export"):
             left_out.add("ExportFolder")
         kinds = [getattr(ours, name) for name in DEFAULT_CALLBACKS if name not in left_out]
@@ -219,15 +225,19 @@ def _keep_seed_where_taken(values: dict[str, Any]) -> None:
 
 def _place_loggers(values: dict[str, Any]) -> None:
     """Loggers that write files write them into the run's folder, where the config does not say otherwise."""
-    import lightning.pytorch.loggers as known
-
     loggers = (values.get("trainer") or {}).get("logger")
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         if not isinstance(logger, dict) or "class_path" not in logger:
             continue
-        kind = getattr(known, str(logger["class_path"]).rpartition(".")[2], None)
-        if kind is not None and "save_dir" in inspect.signature(kind).parameters:
-            logger["init_args"] = {"save_dir": RUN_FOLDER, **(logger.get("init_args") or {})}
+        name, given = str(logger["class_path"]).rpartition(".")[2], logger.get("init_args") or {}
+        if name == "MLFlowLogger" and "tracking_uri" not in given and "MLFLOW_TRACKING_URI" not in os.environ:
+            # Its own default, a folder of files, is refused by newer versions of MLflow.
+            place = {"tracking_uri": f"sqlite:///{RUN_FOLDER}/mlflow.db", "artifact_location": f"{RUN_FOLDER}/mlflow"}
+        elif name in ("WandbLogger", "TensorBoardLogger", "CSVLogger"):
+            place = {"save_dir": RUN_FOLDER}
+        else:
+            continue
+        logger["init_args"] = {**place, **given}
 
 
 def _fill(value: Any, folder: str) -> Any:

@@ -7,6 +7,7 @@ mistake itself.
 from __future__ import annotations
 
 import argparse
+import collections.abc
 import dataclasses
 import difflib
 import importlib
@@ -24,6 +25,8 @@ from jsonargparse import ArgumentParser, Namespace
 from recipes.compose import LINKED, Composed, is_class_name
 from recipes.errors import UserError, nearest, one_line
 from recipes.yaml_tree import Key, dotted
+
+_LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class Diagnosis:
             self._mapping(key, fields_of(record), value, f"`{record.__name__}`")
         elif record is not None and set(options) <= {record, type(None)} and not (value is None and len(options) > 1):
             self._say(key, f"`{dotted(key)}` is {short(value)}; allowed: {describe(kind)}")
-        elif isinstance(value, list) and (items := [o for o in options if typing.get_origin(o) in (list, tuple, set)]):
+        elif isinstance(value, list) and (items := [o for o in options if typing.get_origin(o) in _LISTS]):
             for index, item in enumerate(value):
                 self._value((*key, index), (typing.get_args(items[0]) or (Any,))[0], item)
         if self._found == before and not _accepts(kind, value):
@@ -296,7 +299,7 @@ def describe(kind: Any) -> str:
             names += [str(argument) for argument in arguments]
         elif _is_callable(option) and (made := _wanted_classes([option])):
             names.append(f"a class_path of {made[0].__name__}")
-        elif origin in (list, set, tuple) and arguments:
+        elif origin in _LISTS and arguments:
             names.append(f"a list of ({describe(arguments[0])})")
         elif inspect.isclass(option) and dataclasses.is_dataclass(option):
             names.append(f"a mapping of {', '.join(fields_of(option))}")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from pathlib import Path
 from types import TracebackType
 
 OUR_PACKAGES = ("recipes", "llm_modules", "callbacks")
-_ROOTS = tuple(Path(__file__).resolve().parent.parent / name for name in OUR_PACKAGES)
 
 
 class UserError(ValueError):
@@ -29,23 +27,25 @@ def one_line(message: object) -> str:
 def user_message(error: BaseException) -> str | None:
     """What to tell the user where the error is a mistake of theirs; None where it is a bug (a traceback is due).
 
-    One rule: a ``ValueError`` raised by a line of our own packages is said to a user; so is Lightning's
-    ``MisconfigurationException``. Whatever is raised deeper, in a library or in the user's own code, is a bug of
-    whoever wrote the line, and shows where it is.
+    One rule: a ``ValueError`` raised by a line of our own packages is said to a user, and so is one of Lightning's
+    (the Trainer's arguments contradict one another, mostly). Whatever is raised deeper, in another library or in the
+    user's own code, is a bug of whoever wrote the line, and shows where it is.
     """
     if isinstance(error, UserError):
         return "\n".join(line for line in str(error).splitlines() if line.strip())
-    if isinstance(error, ValueError) and _raised_by_us(error.__traceback__):
+    if isinstance(error, ValueError) and _raised_in(error.__traceback__, OUR_PACKAGES):
+        return one_line(error)
+    if type(error) is ValueError and _raised_in(error.__traceback__, ("lightning",)):
         return one_line(error)
     if type(error).__name__ == "MisconfigurationException" and type(error).__module__.startswith("lightning"):
         return one_line(error)
     return None
 
 
-def _raised_by_us(traceback: TracebackType | None) -> bool:
+def _raised_in(traceback: TracebackType | None, packages: tuple[str, ...]) -> bool:
+    """Whether the line that raised is one of these packages'."""
     if traceback is None:
         return False
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    file = Path(traceback.tb_frame.f_code.co_filename).resolve()
-    return any(file.is_relative_to(root) for root in _ROOTS)
+    return str(traceback.tb_frame.f_globals.get("__name__", "")).split(".")[0] in packages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from recipes.compose import Composed
@@ -84,7 +85,7 @@ def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
         head=backbone.head,
         head_chunk=backbone.head_chunk,
     )
-    return str(summarize(config, sequence_length=length, memory=memory)).splitlines()
+    return str(replace(size, memory=memory)).splitlines()
 
 
 def audit(cli: RecipeCLI) -> Any:

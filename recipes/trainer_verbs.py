@@ -131,8 +131,9 @@ def _folder(
     cli.use_folder(owned.path, owned)
     try:
         yield owned
-    except Exception as error:
-        if resumed is None and user_message(error) is not None and not cli.began:
+    except (Exception, KeyboardInterrupt) as error:
+        mistake = isinstance(error, KeyboardInterrupt) or user_message(error) is not None
+        if resumed is None and mistake and not cli.began:
             _remove(owned, existed)
         raise
     finally:

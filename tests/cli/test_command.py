@@ -191,7 +191,10 @@ class TestHelp:
         cases = {
             "trainer.max_steps": ["--trainer.max_steps  (a whole number; default -1)"],
             "checkpoint": ["--checkpoint.every_n_steps"],
-            "model": ["--model.backbone  (a mapping of source, config, ", "--model.optimizer  (a class_path of Optimizer;"],
+            "model": [
+                "--model.backbone  (a mapping of source, config, ",
+                "--model.optimizer  (a class_path of Optimizer;",
+            ],
             "model.backbone": ["--model.backbone.attention"],
             "model.optimizer": ["--model.optimizer.lr"],
             "model.optimizer.weight_decay": ["--model.optimizer.weight_decay"],

@@ -213,6 +213,15 @@ def test_loggers_of_the_config_write_into_the_run(folder: Path) -> None:
     assert (run / "metrics.csv").exists()
     assert list((run / "extra").rglob("metrics.csv"))
     assert not (run / "tensorboard").exists()
+    (folder / "default.yaml").write_text("trainer: {logger: null}\n")
+    assert main(["fit", "-c", "tiny", "-c", "default", "-c", "loggers/tensorboard"]) == 0
+    assert list((folder / "runs/tiny/1/tensorboard").glob("events*"))
+
+
+def test_a_trial_run_writes_nothing(folder: Path) -> None:
+    before = set(folder.rglob("*"))
+    assert fit("--trainer.fast_dev_run", "2") == 0
+    assert set(folder.rglob("*")) == before
 
 
 def test_default_callbacks_can_be_set_and_left_out(folder: Path) -> None:
