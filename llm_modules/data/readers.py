@@ -139,9 +139,10 @@ def read_builtin(path: str, split: str) -> Iterator[Row]:
 
 def builtin_version(path: str) -> str:
     """What a built-in corpus is made of: this Python and the code that reads it."""
-    from llm_modules.data import python_docs
+    from llm_modules.data import python_docs, python_questions
 
-    return f"{path} {sys.version} {hashlib.sha256(Path(python_docs.__file__).read_bytes()).hexdigest()}"
+    code = b"".join(Path(module.__file__).read_bytes() for module in (python_docs, python_questions))
+    return f"{path} {sys.version} {hashlib.sha256(code).hexdigest()}"
 
 
 def _hub(source: Source) -> Any:
