@@ -5,10 +5,12 @@ Shape legend: M trained positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from llm_modules.logprobs import DEFAULT_CHUNK, HeadTransform, linear_logprobs
@@ -18,9 +20,12 @@ if TYPE_CHECKING:
 
 HeadKind = Literal["chunked", "plain", "liger"]
 
+_LIGER = "0.8.5"
+"""The first version seen to give each token's loss its own upstream gradient."""
+
 
 def head_transform(config: PretrainedConfig) -> HeadTransform:
-    """What the model of this config does to its logits; ``checks.check_head`` proves it for each model built."""
+    """What the model of this config does to its logits; ``probe.check_head`` proves it for each model built."""
     config = config.get_text_config()
     scale = 1.0
     for key, inverse in (("logits_scaling", True), ("logit_scale", False), ("lm_head_multiplier", False)):
@@ -36,8 +41,14 @@ def check_head_kind(kind: str, chunk: int) -> None:
         raise ValueError(f"backbone.head: unknown value {kind!r}; allowed: {', '.join(get_args(HeadKind))}")
     if chunk < 1:
         raise ValueError(f"backbone.head_chunk: {chunk} tokens; must be at least 1")
-    if kind == "liger" and (find_spec("liger_kernel") is None or not torch.cuda.is_available()):
+    if kind != "liger":
+        return
+    if find_spec("liger_kernel") is None or not torch.cuda.is_available():
         raise ValueError("backbone.head: liger needs a CUDA device and `pip install liger-kernel`; set head: chunked")
+    if Version(version("liger-kernel")) < Version(_LIGER):
+        raise ValueError(
+            f"backbone.head: liger needs liger-kernel >= {_LIGER}, found {version('liger-kernel')}; update it"
+        )
 
 
 class ScoringHead(nn.Module):
@@ -68,6 +79,8 @@ class ScoringHead(nn.Module):
         """As ``logprobs.linear_logprobs``."""
         if self.kind == "plain":
             return self._plain(hidden_MH, weight_VH, targets_M, bias_V, statistics)
+        if self.kind == "liger" and not statistics and len(targets_M):  # which has no statistics
+            return self._liger(hidden_MH, weight_VH, targets_M, bias_V), None, None
         return linear_logprobs(
             hidden_MH,
             weight_VH,
@@ -84,3 +97,16 @@ class ScoringHead(nn.Module):
         log_normalizer = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normalizer
         return (logprobs, log_normalizer, logits.mean(-1) - log_normalizer) if statistics else (logprobs, None, None)
+
+    def _liger(self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        scale = self.transform.scale
+        return -liger_fused_linear_cross_entropy(
+            hidden if scale == 1.0 else hidden * scale,
+            weight,
+            targets,
+            bias=bias if bias is None or scale == 1.0 else bias * scale,
+            reduction="none",
+            softcap=self.transform.softcap,
+        )
