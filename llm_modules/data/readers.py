@@ -141,7 +141,7 @@ def builtin_version(path: str) -> str:
     """What a built-in corpus is made of: this Python and the code that reads it."""
     from llm_modules.data import python_docs, python_questions
 
-    code = b"".join(Path(module.__file__).read_bytes() for module in (python_docs, python_questions))
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (python_docs, python_questions))
     return f"{path} {sys.version} {hashlib.sha256(code).hexdigest()}"
 
 
