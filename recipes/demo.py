@@ -39,7 +39,7 @@ PROMPTS = {"arguments": 6, "optional": 4, "where": 4, "which": 4, "what": 6}
 """Held-out questions to answer, by kind."""
 
 SHOWN = 5
-"""Answers that the terminal shows; the report has all."""
+"""Answers that the terminal shows, and the page before it is asked for more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,8 +182,8 @@ class Demo:
             ),
         ]
         page = FOLDER / "report.html"
-        write_page(page, self.runs, self.numbers, self.answers, self.commands)
-        print_answers(self.answers[:: max(1, len(self.answers) // SHOWN)][:SHOWN])
+        write_page(page, self.runs, self.numbers, self.answers, self.commands, shown=SHOWN)
+        print_answers(self.answers[:SHOWN])
         print_table(self.numbers)
         print(f"\nreport: {page}\ntalk to it: recipes generate -m {FOLDER / 'chat'}")
 
@@ -281,7 +281,7 @@ def unigram_perplexity(data: TokenDataModule) -> float:
 
 
 def write_questions(path: Path) -> None:
-    """Held-out questions of each kind, spread over the held-out modules, with the documentation's answers."""
+    """Held-out questions, kind after kind, spread over the held-out modules, with the documentation's answers."""
     from llm_modules.data.python_docs import conversations
 
     kinds: dict[str, list[Any]] = {kind: [] for kind in PROMPTS}
@@ -289,7 +289,8 @@ def write_questions(path: Path) -> None:
         kind = conversation["id"].rpartition("/")[2]
         if kind in kinds and len(conversation["messages"]) == 2:
             kinds[kind].append(conversation)
-    chosen = [found[len(found) * i // n] for kind, n in PROMPTS.items() for found in [kinds[kind]] for i in range(n)]
+    rounds = range(max(PROMPTS.values()))
+    chosen = [kinds[kind][len(kinds[kind]) * i // n] for i in rounds for kind, n in PROMPTS.items() if i < n]
     path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
 
 

@@ -35,15 +35,20 @@ def write_page(
     numbers: Sequence[Number],
     answers: Sequence[Answer],
     commands: Sequence[tuple[str, float]],
+    shown: int,
 ) -> None:
-    """One file: the table, the commands, the answers before and after, then the two runs with their curves."""
+    """One file: the table, the commands, the answers before and after, then the two runs with their curves.
+
+    Args:
+        shown: answers that are open to the eye; the others are a click away.
+    """
     from callbacks.report_data import read_run
     from callbacks.report_page import render
     from callbacks.run_files import write_whole
 
     page = render([read_run(run, status="finished") for run in runs])
     first = f"<header><h1>A language model's first life</h1>{_INTRODUCTION}{_table(numbers)}</header>"
-    top = f"<main>\n{first}{_commands(commands)}{_answers(answers)}"
+    top = f"<main>\n{first}{_commands(commands)}{_answers(answers, shown)}"
     if "<main>\n" not in page:
         raise RuntimeError("callbacks/report_page.py: the page has no <main> to put the demo into")
     write_whole(path, page.replace("<main>\n", top, 1).replace("<title>2 runs</title>", "<title>Demo</title>", 1))
@@ -68,14 +73,15 @@ def _commands(commands: Sequence[tuple[str, float]]) -> str:
     return f"<section><h2>Commands</h2><p>Each can be run by hand.</p><pre>{lines}</pre></section>"
 
 
-def _answers(answers: Sequence[Answer]) -> str:
-    cards = "".join(
+def _answers(answers: Sequence[Answer], shown: int) -> str:
+    cards = [
         f'<article><pre class="prompt">{escape(answer.question)}</pre><div class="columns">'
         f"{_figure('before fine-tuning', answer.before)}{_figure('after', answer.after)}"
         f"{_figure('the documentation', answer.reference)}</div></article>"
         for answer in answers
-    )
-    return f"<section><h2>The same questions before and after</h2>{cards}</section>"
+    ]
+    more = f"<details><summary>{len(cards[shown:])} more</summary>{''.join(cards[shown:])}</details>"
+    return f"<section><h2>The same questions before and after</h2>{''.join(cards[:shown])}{more}</section>"
 
 
 def _figure(label: str, text: str) -> str:

@@ -119,7 +119,7 @@ def test_page_shows_all_and_executes_nothing_of_it(tmp_path: Path) -> None:
     answer = Answer("<b>What</b>?", "documented", "before <script>alert(1)</script>", "after", ended=True)
     number = Number("perplexity", "<i>3</i>", "at most 4", holds=True)
     page = tmp_path / "report.html"
-    write_page(page, [tmp_path / "one", tmp_path / "two"], [number], [answer], [("recipes fit -c x", 3.2)])
+    write_page(page, [tmp_path / "one", tmp_path / "two"], [number], [answer], [("recipes fit -c x", 3.2)], shown=1)
     text = page.read_text()
     for shown in (
         "&lt;b&gt;What&lt;/b&gt;?",
