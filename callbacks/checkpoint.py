@@ -63,6 +63,7 @@ class StepCheckpoint(ModelCheckpoint):
         self.keep_best = keep_best
         self.stop_with: SystemExit | None = None  # another callback's wish: save, then end the run with this
         self._due = False
+        self._resumed = False
         self._stop_now = False
         self._stop_later = False
 
@@ -80,7 +81,7 @@ class StepCheckpoint(ModelCheckpoint):
             return
         self.stop_with, self._stop_now, self._stop_later = None, False, False
         _refuse_validation_inside_a_window(trainer)
-        resumed = trainer.ckpt_path is not None
+        resumed = self._resumed = trainer.ckpt_path is not None
         earlier = [path.name for path in self.complete_checkpoints()]
         if not resumed and trainer.global_step == 0 and earlier and not self._last_checkpoint_saved:
             raise ValueError(
@@ -124,6 +125,10 @@ class StepCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop here, not right after saving: all loggers have the step's row now."""
+        if self._resumed:
+            # The number of the row to be logged next; after some stops Lightning restores it one short.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self._resumed = False
         if self._stop_now:
             assert self.stop_with is not None
             error, self.stop_with, self._stop_now = self.stop_with, None, False

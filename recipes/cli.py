@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -150,8 +151,10 @@ class RecipeCLI(LightningCLI):
         return self._place.began
 
     def came_to_its_end(self) -> bool:
-        """Whether a fit ended because it was done, not because it was stopped."""
-        return self.trainer.state.status == "finished" and not self.trainer.received_sigterm
+        """Whether a fit ended because it was done, not because it was stopped, or had no more time."""
+        timers = [callback for callback in self.trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        out_of_time = any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
+        return self.trainer.state.status == "finished" and not self.trainer.received_sigterm and not out_of_time
 
     def use_folder(self, folder: Path | None, owned: RunFolder | None) -> None:
         """Everything that writes, writes into the run's folder (None: rank 0 will say which)."""
@@ -199,6 +202,9 @@ class _RunPlace(Callback):
             self._cli.use_folder(Path(folder), None)
 
     def on_train_batch_end(self, *args: Any) -> None:
+        self.began = True
+
+    def on_predict_batch_end(self, *args: Any) -> None:
         self.began = True
 
 

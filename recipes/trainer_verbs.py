@@ -112,20 +112,17 @@ def _folder(
     runs_dir = Path(cli.config.runs_dir)
     existed = [path for path in (runs_dir, *(runs_dir / cli.composed.name).parents) if path.exists()]
     owned = resumed or new_run(runs_dir, cli.composed.name)
-    if command.verb == "fit":
-        if resumed is not None:
-            owned.acquire()
-            owned.mark_unfinished()
-            if checkpoint is None:
-                owned.begin_again()
-                print(f"{display(owned.path)}: no checkpoint yet, beginning it again", file=sys.stderr)
-            else:
-                print(f"continuing {display(owned.path)} from {checkpoint.name}", file=sys.stderr)
-        else:
-            print(f"run: {display(owned.path)}", file=sys.stderr)
+    if command.verb == "fit" and resumed is not None:
+        owned.acquire()
+        owned.mark_unfinished()
+        assert checkpoint is not None
+        print(f"continuing {display(owned.path)} from {checkpoint.name}", file=sys.stderr)
+    elif resumed is None:
+        print(f"run: {display(owned.path)}", file=sys.stderr)
+    if command.verb == "fit" or resumed is None:
         write_config(owned, cli.config_text())
         write_environment(owned, command.words, cli.composed.values)
-    elif resumed is None:
+    if command.verb != "fit" and resumed is None:
         owned.mark_finished()  # it will never be one to continue
     tell_folder(owned.path)
     cli.use_folder(owned.path, owned)

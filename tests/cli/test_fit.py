@@ -149,6 +149,15 @@ class TestResume:
         assert len(metrics(folder / "runs/tiny/0")) == steps + 1
 
 
+def test_a_run_that_had_no_more_time_is_unfinished(folder: Path) -> None:
+    assert fit("--trainer.logger", "null", "--trainer.max_steps", "100000", "--trainer.max_time", "00:00:00:01") == 0
+    assert not (folder / "runs/tiny/0/finished").exists()
+    steps = len(metrics(folder / "runs/tiny/0"))
+    words = ("--ckpt_path", "last", "--trainer.max_steps", str(steps + 1))
+    assert fit("--trainer.logger", "null", *words) == 0
+    assert len(metrics(folder / "runs/tiny/0")) == steps + 1
+
+
 def test_dry_run_builds_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = set(folder.rglob("*"))
     assert fit("--dry-run") == 0
