@@ -50,5 +50,5 @@ def table(found: list[Recipe], columns: int) -> str:
         lines.append(f"  {recipe.name:<{name_width}}  {text[0]}")
         lines += [indent + more for more in text[1:]]
         if recipe.needs:
-            lines += textwrap.wrap(f"needs: {recipe.needs}", room, initial_indent=indent, subsequent_indent=indent)
+            lines += [indent + more for more in textwrap.wrap(f"needs: {recipe.needs}", room)]
     return "\n".join(lines)
