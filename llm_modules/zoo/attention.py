@@ -95,7 +95,7 @@ def packed_attention(
     plain = plain and kwargs.get("position_bias") is None and kwargs.get("cache") is None
     if cu_seq_lens_q is not None and not plain:
         raise ValueError(f"attention: packed documents take no mask, cache or position bias in {type(module).__name__}")
-    if plain and (query.shape[2] > 1 or cu_seq_lens_q is not None) and (cu_seq_lens_q is not None or dropout == 0.0):
+    if plain:
         if dropout:
             raise ValueError(
                 f"attention: {NAME!r} has no dropout, got {dropout}; set the model's attention dropout to 0"

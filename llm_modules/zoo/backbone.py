@@ -138,17 +138,19 @@ class Backbone:
         from llm_modules.zoo.attention import register
         from llm_modules.zoo.probe import check_head, packing_problem
         from llm_modules.zoo.vocabulary import set_generation_ids, set_special_ids, unlock_padding
+        from llm_modules.zoo.weights import fixed_seed
 
         register()
         config = self.check(vocabulary=len(tokenizer), sequence_length=sequence_length, precision=precision)
         set_special_ids(config, tokenizer)
-        problem = packing_problem(config, self.attention)
         dtype = getattr(torch, self.dtype or _TRUE_PRECISION.get(precision, "float32"))
-        hf = self._weights(config, len(tokenizer), dtype, seed)
-        unlock_padding(hf)
-        set_generation_ids(hf, tokenizer)
-        model = CausalLM(hf, head=self.head, head_chunk=self.head_chunk, packing_problem=problem)
-        check_head(model)
+        with fixed_seed(seed):
+            problem = packing_problem(config, self.attention)
+            hf = self._weights(config, len(tokenizer), dtype, seed)
+            unlock_padding(hf)
+            set_generation_ids(hf, tokenizer)
+            model = CausalLM(hf, head=self.head, head_chunk=self.head_chunk, packing_problem=problem)
+            check_head(model)
         if self.activation_checkpointing:
             _checkpoint_activations(hf)
         if self.compile:

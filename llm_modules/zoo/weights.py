@@ -71,6 +71,7 @@ def pretrained_model(
     Raises:
         ValueError: no safetensors, or weights that are missing or of another shape.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -87,7 +88,7 @@ def pretrained_model(
             )
         except ImportError as error:
             raise ValueError(f"backbone.attention: {attention!r}: {str(error).strip().splitlines()[0]}") from error
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"backbone.source: cannot load weights of {source!r}: {reason}") from error
     if missing := sorted(report["missing_keys"]):

@@ -184,7 +184,7 @@ def test_transformers_own_attention_keeps_packed_documents_apart_too(family: str
 def test_other_families_are_tried(family: str, changes: dict[str, Any], problem: str | None) -> None:
     config = transformers.AutoConfig.for_model(family, **COMMON, **changes)
     found = packing_problem(config, "packed")
-    assert found == problem or problem is not None and problem in str(found)
+    assert found == problem or (problem is not None and problem in str(found))
 
 
 def test_attention_that_is_not_the_families_own_is_refused() -> None:
@@ -200,5 +200,5 @@ def test_a_family_that_mixes_documents_refuses_packed_rows() -> None:
     hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed")
     model = CausalLM(hf, packing_problem=packing_problem(config, "packed"))
     _, ids, positions, offsets = packed()
-    with pytest.raises(ValueError, match="packing: not for 'stablelm' .* set packing: none"):
+    with pytest.raises(ValueError, match=r"packing: not for 'stablelm' .* set packing: none"):
         model.hidden_states(ids, positions, offsets, max(LENGTHS))

@@ -1,0 +1,201 @@
+"""What is said of a model before it exists: parameters, FLOPs, peak memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm_modules.zoo import Backbone
+from llm_modules.zoo.estimate import meta_model, parameter_count, si, summarize, token_flops
+from llm_modules.zoo.memory import activation_bytes, optimizer_state, peak_memory
+
+MODELS = Path(__file__).parents[2] / "configs" / "models"
+
+PUBLISHED = {
+    "llama-1b": (128_256, 1_235_814_400),
+    "llama-8b": (128_256, 8_030_261_248),
+    "qwen3-0.6b": (151_936, 596_049_920),
+    "qwen3-4b": (151_936, 4_022_468_096),
+    "qwen3-8b": (151_936, 8_190_735_360),
+    "gemma2-2b": (256_000, 2_614_341_888),
+    "gemma3-1b": (262_144, 999_885_952),
+    "gpt2-124m": (50_257, 124_439_808),
+    "smollm-135m": (49_152, 134_515_008),
+    "smollm-360m": (49_152, 361_821_120),
+    "smollm-1.7b": (49_152, 1_711_376_384),
+    "olmo2-1b": (100_352, 1_484_916_736),
+    "olmo2-7b": (100_352, 7_298_617_344),
+}
+"""Vocabulary and number of parameters of the models on the hub that the presets are shaped after."""
+
+
+def config_of(preset: str, **changes: Any) -> Any:
+    values = yaml.safe_load((MODELS / f"{preset}.yaml").read_text())["config"]
+    return Backbone(config={**values, **changes}).check(vocabulary=64, sequence_length=64)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(preset: str) -> None:
+    vocabulary, parameters = PUBLISHED[preset]
+    assert summarize(config_of(preset, vocab_size=vocabulary), sequence_length=512).parameters == parameters
+
+
+@pytest.mark.parametrize("preset", ["llama-1m", "gpt2-tiny", "gemma2-tiny", "gemma3-tiny", "qwen3-tiny", "olmo2-tiny"])
+def test_flops_are_those_that_torch_counts(preset: str) -> None:
+    """At the window's length, which torch's counter does not know of; forward and training, within 2 %."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(preset)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    flops = token_flops(meta_model(config))
+    ids = torch.randint(64, (2, 64))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False)
+    assert flops.forward(64) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=0.02)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    assert flops.training(64) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=0.02)
+
+
+def test_experts_that_a_token_does_not_visit_cost_nothing() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("mixtral", vocab_size=64, num_local_experts=8, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(64, (1, 48)), use_cache=False)
+    assert token_flops(model).forward(48) == pytest.approx(counter.get_total_flops() / 48, rel=0.02)
+
+
+def test_flops_by_hand() -> None:
+    flops = token_flops(meta_model(config_of("gemma3-tiny", vocab_size=1000)))
+    block = 128 * 128 + 2 * 128 * 64 + 128 * 128 + 3 * 128 * 384  # query, key and value, output, MLP
+    assert flops.weights == 2 * 6 * block
+    assert flops.head == 2 * 128 * 1000
+    scores = 4 * 128  # 4 heads of 32, keys and values
+    assert flops.forward(500) == flops.weights + flops.head + scores * (5 * 64 + 500)  # five of six see 64 positions
+    assert flops.forward(500, trained_share=0.25) == flops.forward(500) - 0.75 * flops.head
+
+
+def test_optimizer_state() -> None:
+    from functools import partial
+
+    from llm_modules.optimizers import MuonAdamW
+
+    assert optimizer_state(torch.optim.AdamW) == pytest.approx(2, abs=0.01)
+    assert optimizer_state(partial(torch.optim.SGD, lr=0.1)) == 0
+    assert optimizer_state(partial(torch.optim.SGD, lr=0.1, momentum=0.9)) == 1
+    assert optimizer_state(MuonAdamW) == pytest.approx(1, abs=0.01)
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    """Against the tensors that a real forward pass saves, by storage; windows and soft-caps included."""
+    from llm_modules.zoo.attention import register
+    from llm_modules.zoo.causal_lm import CausalLM
+
+    register()
+    from transformers import AutoModelForCausalLM
+
+    for preset in ("llama-1m", "gemma2-tiny", "gpt2-tiny"):
+        config = config_of(preset)
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
+        own = {t.untyped_storage().data_ptr() for t in (*hf.parameters(), *hf.buffers())}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, kept: Any = kept, own: Any = own) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            CausalLM(hf).hidden_states(torch.zeros(1, 200, dtype=torch.long), torch.arange(200)[None])
+        real = sum(t.untyped_storage().nbytes() for t in kept.values())
+        assert activation_bytes(config, 200, "bf16-mixed") == pytest.approx(real, rel=0.02)
+
+
+def test_summary_reads_well() -> None:
+    backbone = Backbone(**yaml.safe_load((MODELS / "llama-34m.yaml").read_text()))
+    text = str(backbone.summary(vocabulary=16_384, sequence_length=512, tokens=4096, precision="bf16-mixed"))
+    lines = text.splitlines()
+    assert lines[0] == "model       llama, 8 layers of 512, 16,384 tokens"
+    assert lines[1] == "parameters  34,087,424 (8,388,608 of the vocabulary)"
+    assert lines[2].startswith("FLOPs       230 M a trained token")
+    assert lines[3].startswith("peak memory 2.6")
+    assert all(len(line) <= 120 for line in lines)
+    assert [si(n) for n in (12.3, 1234.0, 5.678e12)] == ["12.3", "1.23 k", "5.68 T"]
+
+
+MEASURE = """
+import ctypes, json, os, sys, torch
+settings = json.loads(sys.argv[1])
+if settings["tight"]:  # every large tensor straight from and to the system: the bytes in use and no more
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)
+from llm_modules.logprobs import next_token_targets
+from llm_modules.tokenizer import byte_tokenizer
+from llm_modules.zoo import Backbone
+def used(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+mixed = settings["precision"] == "bf16-mixed"
+with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+    torch.nn.Linear(256, 256)(torch.randn(300, 256)).sum().backward()
+before = used("VmRSS")
+backbone = Backbone(config=settings["config"], activation_checkpointing=settings["checkpointing"])
+model = backbone.build(tokenizer=byte_tokenizer(), sequence_length=256, seed=0, precision=settings["precision"]).train()
+optimizer = torch.optim.AdamW(model.parameters())
+tokens = settings["tokens"]
+ids = torch.randint(0, 256, (1, tokens))
+positions = torch.arange(256).repeat(tokens // 256)[None]
+offsets = torch.arange(0, tokens + 1, 256, dtype=torch.int32)
+for _ in range(3):
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        scores = model(ids, positions, next_token_targets(ids, positions), offsets, 256, uniform=True)
+        loss = -scores.logprobs.mean()
+    optimizer.zero_grad()  # between the forward and the backward pass, as Lightning does
+    loss.backward()
+    optimizer.step()
+print(json.dumps(used("VmHWM") - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "tight"),
+    [
+        ("32-true", False, True),
+        ("bf16-mixed", False, True),
+        ("bf16-mixed", False, False),
+        ("bf16-mixed", True, False),
+        ("bf16-true", False, False),
+    ],
+)
+def test_peak_memory_is_the_measured_peak(precision: str, checkpointing: bool, tight: bool) -> None:
+    """34 M parameters, 1,024 tokens, three steps in a process of their own, within 20 %."""
+    values = yaml.safe_load((MODELS / "llama-34m.yaml").read_text())["config"]
+    values["vocab_size"] = 16_384
+    config = Backbone(config=values).check(vocabulary=260, sequence_length=256)
+    estimate = peak_memory(
+        config,
+        parameters=parameter_count(meta_model(config)),
+        tokens=1024,
+        precision=precision,
+        activation_checkpointing=checkpointing,
+        device="cuda" if tight else "cpu",  # which has no holes in its heap
+    )
+    settings = {"config": values, "precision": precision, "checkpointing": checkpointing, "tokens": 1024}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", MEASURE, json.dumps({**settings, "tight": tight})]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert estimate.total == pytest.approx(json.loads(done.stdout), rel=0.2)
