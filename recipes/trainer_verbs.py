@@ -115,8 +115,11 @@ def _folder(
     if command.verb == "fit" and resumed is not None:
         owned.acquire()
         owned.mark_unfinished()
-        assert checkpoint is not None
-        print(f"continuing {display(owned.path)} from {checkpoint.name}", file=sys.stderr)
+        if checkpoint is None:
+            owned.begin_again()
+            print(f"{display(owned.path)}: no checkpoint yet, beginning it again", file=sys.stderr)
+        else:
+            print(f"continuing {display(owned.path)} from {checkpoint.name}", file=sys.stderr)
     elif resumed is None:
         print(f"run: {display(owned.path)}", file=sys.stderr)
     if command.verb == "fit" or resumed is None:
