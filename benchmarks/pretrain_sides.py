@@ -42,7 +42,7 @@ def trainer(work: Path, settings: Settings, recorder: Recorder, steps: int, **va
         max_steps=steps,
         train_sampling_strategy="sequential",
         use_cpu=True,
-        logging_steps=1 if recorder.check else 10,
+        logging_steps=1 if recorder.check else min(10, steps),
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,

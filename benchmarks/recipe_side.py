@@ -48,7 +48,7 @@ def fit(
         *("--data.init_args.cache_dir", str(work / "cache")),
         *("--trainer.max_steps", str(steps), "--trainer.gradient_clip_val", str(settings["clip"])),
         *("--trainer.precision", settings["precision"]),
-        *("--trainer.log_every_n_steps", "1" if recorder.check else "10"),
+        *("--trainer.log_every_n_steps", str(1 if recorder.check else min(10, steps))),
         *("--trainer.callbacks", "[{class_path: benchmarks.recipe_side.Watch}]"),
         *overrides,
     ]

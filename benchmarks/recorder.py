@@ -90,6 +90,7 @@ class Recorder:
         """
         self.ticks, self.rows = [self._now()], []
         self._tokens.clear()
+        self.facts["built_mib"] = resident_mib()
         self.facts["parameters"] = sum(p.numel() for p in model.parameters())
         self.facts["parameter_dtypes"] = sorted({str(p.dtype) for p in model.parameters()})
         if self.check:

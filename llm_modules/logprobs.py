@@ -13,7 +13,11 @@ from torch import Tensor
 
 from llm_modules.batch import IGNORE_INDEX
 
-DEFAULT_CHUNK = 512
+DEFAULT_CHUNK = 1024
+"""Targets scored at once: what bounds the memory. The weight's gradient is added up once a chunk."""
+
+_TILE = 128
+"""Targets whose fp32 probabilities a CPU holds at once: few enough to stay in its cache (docs/decisions.md)."""
 
 
 def next_token_targets(labels_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
@@ -115,17 +119,16 @@ class _LinearLogprobs(torch.autograd.Function):
         grads = _Gradients(ctx.needs_input_grad, hidden_MH, weight_VH, bias_V) if uniform else None
         for start in range(0, len(targets_M), chunk):
             part = slice(start, start + chunk)
-            hidden, targets = hidden_MH[part].to(dtype), targets_M[part, None]
+            hidden = hidden_MH[part].to(dtype)
+            if grads is not None:
+                outputs[:2, part], grad = _scores_and_gradient(hidden, weight, bias_V, targets_M[part], transform)
+                grads.add(part, grad, hidden, weight)
+                continue
             logits = transform(_logits(hidden, weight, bias_V))
             log_normalizer = logits.logsumexp(-1)
-            outputs[0, part] = logits.gather(-1, targets).squeeze(-1) - log_normalizer
+            outputs[0, part] = logits.gather(-1, targets_M[part, None]).squeeze(-1) - log_normalizer
             outputs[1, part] = log_normalizer
-            if not uniform:
-                outputs[2, part] = logits.mean(-1) - log_normalizer
-            if grads is not None:
-                grad = _probabilities(logits, log_normalizer, keep=transform.softcap is not None).neg_()
-                grad.scatter_add_(-1, targets, torch.ones_like(grad[:, :1]))
-                grads.add(part, transform.backward_(grad, logits).to(dtype), hidden, weight)
+            outputs[2, part] = logits.mean(-1) - log_normalizer
         ctx.settings = transform, dtype, chunk
         ctx.grads = grads
         ctx.save_for_backward(hidden_MH, weight_VH, bias_V, targets_M, outputs[1])
@@ -183,6 +186,37 @@ class _Gradients:
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     logits = (hidden @ weight.T).float()
     return logits if bias is None else logits + bias.float()
+
+
+def _scores_and_gradient(
+    hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_M: Tensor, transform: HeadTransform
+) -> tuple[Tensor, Tensor]:
+    """(2, M) log-probabilities and log-normalizers, and (M, V) the gradient of the former's sum on the raw logits.
+
+    Beside the matrix products, this is what costs time: each tile is read from memory once, one exponential serves the
+    normalizer and the probabilities, and the result is narrowed at once.
+    """
+    rows, in_tiles = len(hidden_MH), hidden_MH.device.type == "cpu" and hidden_MH.dtype == torch.bfloat16
+    scores = torch.empty(2, rows, dtype=torch.float32, device=hidden_MH.device)
+    grad_MV = hidden_MH.new_empty(rows, len(weight_VH)) if in_tiles else None
+    for start in range(0, rows, _TILE if in_tiles else rows):
+        part = slice(start, start + _TILE) if in_tiles else slice(None)
+        targets = targets_M[part, None]
+        logits = transform(_logits(hidden_MH[part], weight_VH, bias_V))
+        of_target, largest = logits.gather(-1, targets), logits.amax(-1, keepdim=True)
+        shifted = logits - largest if transform.softcap is not None else logits.sub_(largest)
+        exponentials = shifted.exp_()
+        total = exponentials.sum(-1, keepdim=True)
+        log_normalizer = total.log() + largest
+        scores[:, part] = torch.cat((of_target - log_normalizer, log_normalizer), -1).T
+        grad = exponentials.mul_(-total.reciprocal())
+        grad.scatter_add_(-1, targets, torch.ones_like(of_target))
+        grad = transform.backward_(grad, logits)
+        if grad_MV is None:
+            return scores, grad.to(hidden_MH.dtype)
+        grad_MV[part] = grad
+    assert grad_MV is not None
+    return scores, grad_MV
 
 
 def _probabilities(logits: Tensor, log_normalizer: Tensor, keep: bool) -> Tensor:
