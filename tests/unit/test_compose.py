@@ -285,7 +285,10 @@ class TestOrigins:
         ("trainer:\n\tdevices: 1", "over.yaml:2: not valid YAML: "),
         ("- 1", "over.yaml:1: a config is a mapping of keys, not a list"),
         ("# nothing", "over.yaml:1: the file is empty"),
-        ("trainer: !!python/object:os.system {}", "over.yaml:1: not valid YAML: the tag tag:yaml.org,2002:python/object:os.system"),
+        (
+            "trainer: !!python/object:os.system {}",
+            "over.yaml:1: not valid YAML: the tag tag:yaml.org,2002:python/object:os.system",
+        ),
         ("a: &a [*a]", "over.yaml:1: not valid YAML: "),
         ("trainr: {}", "over.yaml:1: unknown key `trainr` (did you mean `trainer`?); allowed: seed_everything, "),
         ("? [1]\n: 2", "over.yaml:1: a key must be a word"),
