@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from recipes.compose import Composed
@@ -52,40 +51,28 @@ def check_model(cli: RecipeCLI) -> Any:
     backbone = getattr(cli.model, "backbone", None)
     if backbone is None:
         return None
-    from llm_modules.zoo.configuration import rounded_vocabulary
-
-    tokens = len(cli.model.tokenizer)
-    config = backbone.check(
-        vocabulary=tokens, sequence_length=cli.model.sequence_length, precision=str(cli.trainer.precision)
+    return backbone.final_config(
+        vocabulary=len(cli.model.tokenizer),
+        sequence_length=cli.model.sequence_length,
+        precision=str(cli.trainer.precision),
     )
-    if config.get_text_config().vocab_size < tokens:
-        config.get_text_config().vocab_size = rounded_vocabulary(tokens)
-    return config
 
 
 def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
     """Parameters, FLOPs a token and the estimated peak memory."""
-    config = check_model(cli)
-    if config is None:
+    backbone, length = getattr(cli.model, "backbone", None), getattr(cli.model, "sequence_length", 0)
+    if backbone is None:
         return [f"model: {type(cli.model).__name__}"]
-    from llm_modules.zoo.estimate import summarize
-    from llm_modules.zoo.memory import peak_memory
-
-    backbone, length = cli.model.backbone, cli.model.sequence_length
-    size = summarize(config, sequence_length=length)
-    memory = peak_memory(
-        config,
-        parameters=size.parameters,
+    summary = backbone.summary(
+        vocabulary=len(cli.model.tokenizer),
+        sequence_length=length,
         tokens=getattr(cli.datamodule, "batch_size", 1) * length,
         precision=str(cli.trainer.precision),
         optimizer=cli.model.optimizer_factory,
         trained_share=1.0 if report is None else report.trained_share,
-        activation_checkpointing=backbone.activation_checkpointing,
-        attention=backbone.attention,
-        head=backbone.head,
-        head_chunk=backbone.head_chunk,
+        device=cli.trainer.strategy.root_device.type,
     )
-    return str(replace(size, memory=memory)).splitlines()
+    return str(summary).splitlines()
 
 
 def audit(cli: RecipeCLI) -> Any:

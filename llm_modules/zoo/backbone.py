@@ -19,7 +19,7 @@ from llm_modules.zoo.configuration import (
     config_of_source,
     local_folder,
     nearest,
-    rounded_vocabulary,
+    with_room,
 )
 from llm_modules.zoo.head import HeadKind, check_head_kind
 
@@ -158,6 +158,11 @@ class Backbone:
         # from_pretrained gives a model in evaluation mode, which would train without dropout.
         return model.train()
 
+    def final_config(self, *, vocabulary: int, sequence_length: int, precision: str = "32-true") -> PretrainedConfig:
+        """The checked config with the vocabulary that the built model will have. Arguments and errors: ``check``."""
+        config = self.check(vocabulary=vocabulary, sequence_length=sequence_length, precision=precision)
+        return with_room(config, vocabulary)
+
     def summary(
         self,
         *,
@@ -186,8 +191,7 @@ class Backbone:
         from llm_modules.zoo.estimate import summarize
         from llm_modules.zoo.memory import peak_memory
 
-        config = self.check(vocabulary=vocabulary, sequence_length=sequence_length, precision=precision)
-        config = self._fitted(config, vocabulary)
+        config = self.final_config(vocabulary=vocabulary, sequence_length=sequence_length, precision=precision)
         summary = summarize(config, sequence_length=sequence_length)
         memory = peak_memory(
             config,
@@ -203,14 +207,6 @@ class Backbone:
             device=device,
         )
         return replace(summary, memory=memory)
-
-    @staticmethod
-    def _fitted(config: PretrainedConfig, tokens: int) -> PretrainedConfig:
-        """A source's config with room for the tokenizer's tokens."""
-        text = config.get_text_config()
-        if tokens > text.vocab_size:
-            text.vocab_size = rounded_vocabulary(tokens)
-        return config
 
     def _weights(self, config: PretrainedConfig, tokens: int, dtype: torch.dtype, seed: int) -> PreTrainedModel:
         from llm_modules.zoo.vocabulary import grow_embeddings
@@ -228,7 +224,7 @@ class Backbone:
             )
         else:
             hf = random_model(
-                self._fitted(config, tokens),
+                with_room(config, tokens),
                 attention=self.attention,
                 seed=seed,
                 trust_remote_code=self.trust_remote_code,
@@ -253,7 +249,7 @@ class Backbone:
             raise ValueError(
                 f"backbone.dtype: unknown value {self.dtype!r}{nearest(self.dtype, list(get_args(Dtype)))}"
             )
-        wanted = _TRUE_PRECISION.get(precision, "float32") if precision.endswith("-true") else None
+        wanted = _TRUE_PRECISION.get(precision)  # 32-true is what a trainer says by default, and casts nothing
         if self.dtype is not None and wanted is not None and self.dtype != wanted:
             raise ValueError(
                 f"backbone.dtype: {self.dtype}, but trainer.precision {precision} means {wanted}; leave one out"

@@ -33,6 +33,14 @@ def rounded_vocabulary(tokens: int) -> int:
     return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+def with_room(config: PretrainedConfig, tokens: int) -> PretrainedConfig:
+    """The config, its vocabulary grown if the tokenizer has more ``tokens``."""
+    text = config.get_text_config()
+    if tokens > text.vocab_size:
+        text.vocab_size = rounded_vocabulary(tokens)
+    return config
+
+
 def local_folder(source: str) -> Path | None:
     """The folder that ``source`` means; None where it is a hub id.
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llm_modules.logprobs import DEFAULT_CHUNK
 from llm_modules.zoo.attention import NAME, register
 from llm_modules.zoo.causal_lm import CausalLM
 
@@ -77,7 +78,7 @@ def peak_memory(
     activation_checkpointing: bool = False,
     attention: str = NAME,
     head: str = "chunked",
-    head_chunk: int = 512,
+    head_chunk: int = DEFAULT_CHUNK,
     trainable: int | None = None,
     device: str = "cpu",
 ) -> PeakMemory:
@@ -98,7 +99,7 @@ def peak_memory(
     size = torch.finfo(weight_dtype(precision)).bits // 8
     trained = parameters if trainable is None else trainable
     activations = activation_bytes(config, tokens, precision, activation_checkpointing, attention)
-    scoring = head_bytes(config, round(tokens * trained_share), precision, head, head_chunk)
+    scoring = head_bytes(config, round(tokens * trained_share), precision, head, head_chunk, device)
     return PeakMemory(
         weights=parameters * size,
         gradients=trained * size,
@@ -186,13 +187,18 @@ def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return short
 
 
-def head_bytes(config: PretrainedConfig, trained: int, precision: str, head: str, chunk: int) -> int:
+def head_bytes(config: PretrainedConfig, trained: int, precision: str, head: str, chunk: int, device: str) -> int:
     """What scoring ``trained`` tokens takes: hidden states and their gradient, the head's gradient, some logits."""
     text = config.get_text_config()
     width, rows = text.hidden_size, text.vocab_size
     size = torch.finfo(weight_dtype(precision)).bits // 8
-    mixed = precision.endswith("-mixed")
+    half = size == 2 or precision.endswith("-mixed")
     scored = min(trained, chunk) if head == "chunked" else trained
-    logits = scored * rows * (4 + 4 + (2 if mixed else size))
-    copies = rows * width * (2 if mixed else 0)
-    return 2 * trained * width * size + rows * width * size + copies + logits
+    if not half:
+        logits = scored * 4
+    elif head == "chunked" and device == "cpu":  # in fp32 only a tile at a time
+        logits = scored * 2 + min(scored, 128) * 6
+    else:
+        logits = scored * (2 + 4 + 2)
+    copies = (size != 2) * 2 * 2 if half else 0  # of the weight and of its gradient, in half precision
+    return 2 * trained * width * size + rows * (width * (size + copies) + logits)
