@@ -53,15 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the demo; returns 0, or 1 where a promised number does not hold."""
-    from recipes.demo_machine import choose_precision, choose_steps, describe_machine
+    from recipes.demo_machine import choose_precision, describe_machine, share_the_cores
 
+    share_the_cores()
     demo = Demo()
     FOLDER.mkdir(parents=True, exist_ok=True)
     precision = args.precision or choose_precision()
-    steps = choose_steps(precision)
-    print(f"machine: {describe_machine()}; precision {precision}, {steps.reason}\n")
-    demo.pretrain(precision, args.pretrain_steps or steps.pretrain)
-    demo.finetune(precision, args.sft_steps or steps.sft)
+    print(f"machine: {describe_machine()}; precision {precision}\n")
+    demo.train_tokenizer()
+    pretrain_steps, sft_steps = args.pretrain_steps, args.sft_steps
+    if pretrain_steps is None and sft_steps is None:
+        pretrain_steps, sft_steps = time_for(precision)
+    demo.pretrain(precision, pretrain_steps)
+    demo.finetune(precision, sft_steps)
     demo.answer()
     demo.finish()
     return 0 if all(number.holds for number in demo.numbers if number.binding) else 1
@@ -106,12 +110,14 @@ class Demo:
     answers: list[Answer] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
-    def pretrain(self, precision: str, steps: int | None) -> None:
-        """Tokenizer and base model; its perplexity against that of a model that knows words' frequencies only."""
+    def train_tokenizer(self) -> None:
         self.command(
             *("prepare", "tokenizer", "--source", "builtin:python-docs", "--vocab_size", str(VOCABULARY)),
             *("--out", str(FOLDER / "tokenizer"), "--overwrite"),
         )
+
+    def pretrain(self, precision: str, steps: int | None) -> None:
+        """The base model; its perplexity against that of a model that knows tokens' frequencies only."""
         flags = ["--trainer.precision", precision, *length(steps)]
         self.fit("pretrain/demo", flags)
         self.command("export", str(self.runs[-1]), str(FOLDER / "base"), "--which", "last", "--overwrite")
@@ -218,6 +224,16 @@ class Demo:
 
     def _say(self, words: Sequence[str]) -> None:
         print(f"$ {shlex.join(('recipes', *words))}", flush=True)
+
+
+def time_for(precision: str) -> tuple[int | None, int | None]:
+    """Steps of the two runs, by the time that one takes here."""
+    from recipes.demo_machine import choose_steps, step_seconds
+
+    cli = built("pretrain/demo")
+    steps = choose_steps(step_seconds(cli.model, precision, cli.datamodule.batch_size))
+    print(f"steps: {steps.reason}\n")
+    return steps.pretrain, steps.sft
 
 
 def length(steps: int | None) -> list[str]:

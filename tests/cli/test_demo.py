@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from recipes import demo, demo_machine
 from recipes.__main__ import main
@@ -63,16 +62,16 @@ def test_length_is_validated_at_its_end() -> None:
     assert length(30) == ["--trainer.max_steps", "30", "--trainer.val_check_interval", "15"]
 
 
-@pytest.mark.parametrize(("speed", "share"), [(1e15, 1.0), (1e6, demo_machine.FEWEST)])
-def test_a_slow_machine_gets_fewer_steps(monkeypatch: pytest.MonkeyPatch, speed: float, share: float) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(demo_machine, "matrix_speed", lambda dtype: speed)
-    steps = demo_machine.choose_steps("32-true")
-    if share == 1.0:
-        assert (steps.pretrain, steps.sft) == (None, None)
-    else:
-        assert steps.pretrain == demo_machine.PRETRAIN_STEPS * share
-        assert steps.sft == demo_machine.SFT_STEPS * share
+def test_a_slow_machine_gets_fewer_steps() -> None:
+    fast = demo_machine.choose_steps(0.01)
+    assert (fast.pretrain, fast.sft) == (None, None)
+    slow = demo_machine.choose_steps(0.5)
+    assert slow.pretrain is not None
+    assert slow.sft is not None
+    seconds = (slow.pretrain + slow.sft * demo_machine.SFT_STEP) * 0.5
+    assert seconds == pytest.approx(demo_machine.BUDGET_SECONDS, rel=0.02)
+    slowest = demo_machine.choose_steps(60)
+    assert slowest.pretrain == demo_machine.PRETRAIN_STEPS * demo_machine.FEWEST
 
 
 def test_the_steps_are_those_of_the_recipes() -> None:
@@ -85,16 +84,25 @@ def test_the_steps_are_those_of_the_recipes() -> None:
         assert compose([recipe]).values["trainer"]["max_steps"] == steps
 
 
-def test_matrix_speed_is_a_speed() -> None:
-    assert 1e8 < demo_machine.matrix_speed(torch.float32, seconds=0.05) < 1e16
+def test_a_step_is_timed(tmp_path: Path) -> None:
+    from llm_modules import LanguageModelModule
+    from llm_modules.zoo import Backbone
+
+    tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    backbone = Backbone(config={"model_type": "llama", "num_key_value_heads": 1, "vocab_size": 1024, **tiny})
+    module = LanguageModelModule(backbone=backbone, tokenizer="builtin:bytes", sequence_length=16, seed=0)
+    began = time.perf_counter()
+    seconds = demo_machine.step_seconds(module, "32-true", rows=2)
+    assert 0 < seconds < time.perf_counter() - began
 
 
 def test_time_does_not_bind_but_the_rest_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo_machine, "choose_steps", lambda precision: SimpleNamespace(pretrain=1, sft=1, reason=""))
+    monkeypatch.setattr(demo, "time_for", lambda precision: (None, None))
     for name in ("pretrain", "finetune"):
         monkeypatch.setattr(Demo, name, lambda self, precision, steps: None)
-    monkeypatch.setattr(Demo, "answer", lambda self: None)
+    for name in ("train_tokenizer", "answer"):
+        monkeypatch.setattr(Demo, name, lambda self: None)
     for numbers, status in (
         ([Number("time", "9", "6", holds=False, binding=False)], 0),
         ([Number("loss", "1", "2", holds=True)], 0),
