@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 NAME = "packed"
@@ -25,6 +26,9 @@ NAME = "packed"
 
 _BLOCK = 128
 """Queries scored at once: of 64 to 1024 the fastest on a CPU (docs/decisions.md), and what bounds the memory."""
+
+_VARLEN_HAS_GROUPS = Version(torch.__version__.split("+")[0]) >= Version("2.12")
+"""torch 2.11's variable-length attention wants as many key heads as query heads."""
 
 _TRAINING_LAYOUT: ContextVar[bool] = ContextVar("training_layout", default=False)
 
@@ -162,6 +166,10 @@ def _flash(
         offsets = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query_BNHD.device)
         max_length = length
     longest = max_length or length
+    group = query_BNHD.shape[2] // key_BNKD.shape[2]
+    grouped: dict[str, Any] = {"enable_gqa": True} if group > 1 and _VARLEN_HAS_GROUPS else {}
+    if group > 1 and not grouped:
+        key_BNKD, value_BNKD = (t.repeat_interleave(group, 2) for t in (key_BNKD, value_BNKD))
     out = varlen_attn(
         query_BNHD.flatten(0, 1),
         key_BNKD.flatten(0, 1),
@@ -172,7 +180,7 @@ def _flash(
         longest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query_BNHD.shape[2] != key_BNKD.shape[2],
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out.unflatten(0, (rows, length))

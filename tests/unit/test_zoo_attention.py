@@ -129,3 +129,32 @@ def test_what_it_cannot_do_is_refused(arguments: dict[str, Any], message: str) -
     arguments = {"attention_mask": None, **arguments}
     with pytest.raises(ValueError, match=message):
         packed_attention(MODULE, query, key, value, cu_seq_lens_q=offsets, **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 0.7)])
+@pytest.mark.parametrize("ends", [None, [0, 1, 4, 131, 259, 388, 690]])
+def test_cuda_agrees_with_the_definition(ends: list[int] | None, window: int | None, softcap: float | None) -> None:
+    inputs = [tensor.detach() for tensor in tensors(1, 690)]
+    exact = [tensor.clone().requires_grad_() for tensor in inputs]
+    expected = written_out(*exact, ends or [0, 690], 0.3, window, softcap)
+    half = [tensor.cuda().bfloat16().requires_grad_() for tensor in inputs]
+    offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32, device="cuda")
+    got, _ = packed_attention(
+        MODULE,
+        *(tensor.transpose(1, 2) for tensor in half),
+        attention_mask=None,
+        scaling=0.3,
+        sliding_window=window,
+        softcap=softcap,
+        cu_seq_lens_q=offsets,
+        max_length_q=690,
+    )
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    got.backward(upstream.cuda().bfloat16())
+    assert (got.cpu() - expected).norm() <= 0.01 * expected.norm()
+    for one, other in zip(half, exact, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert (one.grad.cpu() - other.grad).norm() <= 0.02 * other.grad.norm()
