@@ -201,6 +201,12 @@ class LLMModule(LightningModule):
         self.log("lr", self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"], on_step=True, on_epoch=False)  # type: ignore[union-attr]
         self.log("tokens_seen", self._tokens_seen, on_step=True, on_epoch=False)
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Steps, and frees the gradients at once: Lightning would keep them until the next backward pass, beside all
+        the activations of the next forward pass."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,

@@ -95,13 +95,16 @@ def test_clipping_scales_to_the_norm_and_logs_the_norm_before(rows: Path) -> Non
     record = Record()
     norms: list[float] = []
 
-    class After(Callback):
-        def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            if grads:
+    class AtTheStep(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            def norm(optimizer: Any, *_: Any) -> None:
+                grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
                 norms.append(float(torch.nn.utils.get_total_norm(grads)))
 
-    trainer(gradient_clip_val=0.01, callbacks=[record, After()]).fit(module(), datamodule=data(rows))
+            trainer.optimizers[0].register_step_post_hook(norm)
+
+    trainer(gradient_clip_val=0.01, callbacks=[record, AtTheStep()]).fit(module(), datamodule=data(rows))
+    assert len(norms) == 3
     assert record.logged[1]["train/grad_norm"] > 0.1
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
 
@@ -161,3 +164,14 @@ def test_a_run_without_a_length_needs_none_without_a_schedule(rows: Path) -> Non
     model = module(schedule=lambda optimizer: WarmupCosine(optimizer))
     with pytest.raises(ValueError, match=r"max_steps or trainer\.max_epochs"):
         trainer(max_steps=-1, max_epochs=-1, max_time="00:00:00:05").fit(model, datamodule=data(rows))
+
+
+def test_gradients_do_not_live_beside_the_next_forward_pass(rows: Path) -> None:
+    alive: list[bool] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            alive.append(any(p.grad is not None for p in pl_module.parameters()))
+
+    trainer(callbacks=[Look()]).fit(module(), datamodule=data(rows))
+    assert alive == [False, True] * 3  # within a window of two micro-batches they must
