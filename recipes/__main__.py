@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return _dispatch(words)
+        status = _dispatch(words)
+        sys.stdout.flush()  # here, where a reader that is gone is no error, and not when the interpreter ends
+        return status
     except KeyboardInterrupt:
         print("recipes: interrupted", file=sys.stderr)
         return INTERRUPTED
