@@ -54,7 +54,9 @@ checks: lint test ## what CI does
 
 bench: $(DEV_STAMP) ## against TRL, transformers' Trainer and litgpt; see benchmarks/README.md
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev,bench]'
-	@$(BIN)/python -m benchmarks $(ARGS)
+	@$(MAKE) --no-print-directory -C benchmarks litgpt PYTHON=$(PYTHON)
+	@$(BIN)/python -m benchmarks.sft_trl $(ARGS)
+	@$(BIN)/python -m benchmarks.pretrain_peers $(ARGS)
 
 clean: ## caches, not runs/
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache
