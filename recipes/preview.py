@@ -70,6 +70,7 @@ def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
         precision=str(cli.trainer.precision),
         optimizer=cli.model.optimizer_factory,
         trained_share=1.0 if report is None else report.trained_share,
+        accumulate=cli.trainer.accumulate_grad_batches,
         device=cli.trainer.strategy.root_device.type,
     )
     return str(summary).splitlines()

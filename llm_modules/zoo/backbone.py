@@ -54,6 +54,7 @@ class Backbone:
         head: ``chunked`` scores the trained tokens without ever holding all the logits; ``plain`` holds them (for
             comparison); ``liger`` uses liger-kernel (CUDA).
         head_chunk: tokens that the chunked head scores at once.
+        lean: norms and gated MLPs keep less for the backward pass (on a CPU, not compiled); the same numbers.
         trust_remote_code: run Python code that the source brings.
     """
 
@@ -66,6 +67,7 @@ class Backbone:
     compile: bool = False
     head: HeadKind = "chunked"
     head_chunk: int = DEFAULT_CHUNK
+    lean: bool = True
     trust_remote_code: bool = False
 
     @property
@@ -136,6 +138,7 @@ class Backbone:
             ValueError: what ``check`` finds, weights that cannot be loaded, a family that our head does not know.
         """
         from llm_modules.zoo.attention import register
+        from llm_modules.zoo.lean import make_lean
         from llm_modules.zoo.probe import check_head, packing_problem
         from llm_modules.zoo.vocabulary import set_generation_ids, set_special_ids, unlock_padding
         from llm_modules.zoo.weights import fixed_seed
@@ -155,6 +158,8 @@ class Backbone:
             _checkpoint_activations(hf)
         if self.compile:
             model.compile_blocks()
+        elif self.lean:
+            make_lean(hf)
         # from_pretrained gives a model in evaluation mode, which would train without dropout.
         return model.train()
 
@@ -172,6 +177,7 @@ class Backbone:
         precision: str = "32-true",
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         trained_share: float = 1.0,
+        accumulate: int = 1,
         device: str = "cpu",
     ) -> ModelSummary:
         """Parameters, FLOPs and peak memory of training, without making a weight.
@@ -183,6 +189,7 @@ class Backbone:
             precision: the trainer's.
             optimizer: makes the optimizer of parameters; None: AdamW.
             trained_share: share of the positions whose next token is trained.
+            accumulate: micro-batches in an optimizer step.
             device: ``cpu`` or ``cuda``.
 
         Raises:
@@ -204,6 +211,8 @@ class Backbone:
             attention=self.attention,
             head=self.head,
             head_chunk=self.head_chunk,
+            accumulate=accumulate,
+            lean=self.lean,
             device=device,
         )
         return replace(summary, memory=memory)

@@ -52,19 +52,25 @@ def _same_numbers(module: nn.Module, forward: Forward) -> bool:
         # Sizes are asked for, not numbers (fake tensors); or weights that ours is not made for.
         return all(isinstance(w, torch._subclasses.FakeTensor) for w in weights)
     size = weights[0].shape[-1]
-    sample = torch.linspace(-2, 3, 3 * size).view(1, 3, size).sin()
+    sample = torch.linspace(-2, 3, 3 * size, dtype=torch.float32, device="cpu").view(1, 3, size).sin()
     expected = type(module).forward(module, sample)
     return isinstance(expected, Tensor) and torch.allclose(forward(module, sample), expected, rtol=1e-4, atol=1e-5)
 
 
 def _norm_forward(original: Forward, offset: float) -> Forward:
     def forward(self: Any, hidden: Tensor) -> Tensor:
-        if not hidden.is_cpu or hidden.dtype != torch.float32:
+        if not hidden.is_cpu or hidden.dtype != torch.float32 or _distributed(hidden, self.weight):
             return original(self, hidden)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         return _RMSNorm.apply(hidden, self.weight, _epsilon(self), offset, dtype)
 
     return forward
+
+
+def _distributed(*tensors: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def _gated_forward(original: Forward) -> Forward:

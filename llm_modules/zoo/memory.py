@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llm_modules.logprobs import DEFAULT_CHUNK
 from llm_modules.zoo.attention import NAME, register
 from llm_modules.zoo.causal_lm import CausalLM
+from llm_modules.zoo.lean import make_lean
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -32,13 +33,15 @@ GIB = 2**30
 class PeakMemory:
     """Bytes at the moment of training when most are in use: at the start of a backward pass.
 
-    The gradients are those of the step before (or of the window so far), which live until then.
+    Gradients come as activations go, and leave with the optimizer step (``LLMModule.optimizer_step``); in a window of
+    several micro-batches those so far live beside the activations.
 
     Attributes:
         weights, gradients, optimizer: of all parameters (state of the optimizer).
         activations: what the backward pass of the decoder needs.
         head: hidden states, logits and gradients of scoring the trained tokens.
         allocator: what a CPU's allocator holds and cannot use.
+        accumulates: whether an optimizer step has several micro-batches.
     """
 
     weights: int
@@ -47,10 +50,13 @@ class PeakMemory:
     activations: int
     head: int
     allocator: int = 0
+    accumulates: bool = False
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.allocator
+        passing = self.activations + self.head + self.allocator
+        passing = passing + self.gradients if self.accumulates else max(passing, self.gradients)
+        return self.weights + self.optimizer + passing
 
     def lines(self) -> list[tuple[str, str]]:
         """Name and text of the lines of a summary."""
@@ -80,6 +86,8 @@ def peak_memory(
     head: str = "chunked",
     head_chunk: int = DEFAULT_CHUNK,
     trainable: int | None = None,
+    accumulate: int = 1,
+    lean: bool = True,
     device: str = "cpu",
 ) -> PeakMemory:
     """Peak memory of one device that holds the whole model, in eager mode (compiled blocks keep less).
@@ -91,14 +99,17 @@ def peak_memory(
         precision: the trainer's.
         optimizer: makes the optimizer of parameters (as in a recipe); None: AdamW.
         trained_share: share of the positions whose next token is trained.
-        activation_checkpointing, attention, head, head_chunk: the backbone's.
+        activation_checkpointing, attention, head, head_chunk, lean: the backbone's.
         trainable: number of trainable parameters; None: all.
+        accumulate: micro-batches in an optimizer step.
         device: ``cpu`` or ``cuda``. On a CPU, glibc's heap is left with holes that the next tensors do not fit in: as
             measured, about as much as the activations and half the head's (the other fields are the bytes in use).
     """
     size = torch.finfo(weight_dtype(precision)).bits // 8
     trained = parameters if trainable is None else trainable
-    activations = activation_bytes(config, tokens, precision, activation_checkpointing, attention)
+    activations = activation_bytes(
+        config, tokens, precision, activation_checkpointing, attention, lean and device == "cpu"
+    )
     scoring = head_bytes(config, round(tokens * trained_share), precision, head, head_chunk, device)
     return PeakMemory(
         weights=parameters * size,
@@ -107,6 +118,7 @@ def peak_memory(
         activations=activations,
         head=scoring,
         allocator=activations + scoring // 2 if device == "cpu" else 0,
+        accumulates=accumulate > 1,
     )
 
 
@@ -133,11 +145,12 @@ def activation_bytes(
     precision: str = "32-true",
     activation_checkpointing: bool = False,
     attention: str = NAME,
+    lean: bool = True,
 ) -> int:
     """What the backward pass of the decoder needs, for ``tokens`` positions."""
     layers = config.get_text_config().num_hidden_layers
-    one, weights_of_one = _kept(config, 1, tokens, precision, attention)
-    two, weights_of_two = _kept(config, 2, tokens, precision, attention)
+    one, weights_of_one = _kept(config, 1, tokens, precision, attention, lean)
+    two, weights_of_two = _kept(config, 2, tokens, precision, attention, lean)
     if not activation_checkpointing:
         return one + (layers - 1) * (two - one)
     mixed = precision.endswith("-mixed")
@@ -146,7 +159,9 @@ def activation_bytes(
     return one + (layers - 1) * (inputs + copies)  # and one block as a whole, while it is computed again
 
 
-def _kept(config: PretrainedConfig, layers: int, tokens: int, precision: str, attention: str) -> tuple[int, int]:
+def _kept(
+    config: PretrainedConfig, layers: int, tokens: int, precision: str, attention: str, lean: bool
+) -> tuple[int, int]:
     """Bytes that autograd keeps of a forward pass of ``layers`` blocks, and the number of the model's parameters."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
@@ -158,6 +173,8 @@ def _kept(config: PretrainedConfig, layers: int, tokens: int, precision: str, at
     alive: list[Tensor] = []  # so that no storage's address is used twice
     with FakeTensorMode():
         hf = AutoModelForCausalLM.from_config(small, attn_implementation=attention, dtype=weight_dtype(precision))
+        if lean:
+            make_lean(hf)
         model = CausalLM(hf)
         own = {tensor.untyped_storage()._cdata for tensor in (*hf.parameters(), *hf.buffers())}
 
