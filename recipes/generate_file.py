@@ -156,11 +156,12 @@ class FileJob:
                 has_system = prompt[0]["role"] == "system"
                 prompts.append(prompt if has_system else [*system_message(system), *prompt])
         batches = generator.iterate(model, tokenizer, prompts, skip=frozenset(self.done))
+        started = time.monotonic()
         first = next(batches)  # whatever is wrong with a prompt is said before the file is touched
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with (
             self.out.open("wb" if self.overwrite else "ab") as file,
-            Progress(len(prompts), len(self.done)) as progress,
+            Progress(len(prompts), len(self.done), started) as progress,
         ):
             file.truncate(self._whole)
             for batch in chain([first], batches):
@@ -227,10 +228,11 @@ class Progress:
     Args:
         rows: of the whole job.
         done: those that were there before.
+        start: when the first batch was begun (``time.monotonic``).
         every: seconds between lines.
     """
 
-    def __init__(self, rows: int, done: int, every: float = 10.0) -> None:
+    def __init__(self, rows: int, done: int, start: float, every: float = 10.0) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -240,7 +242,7 @@ class Progress:
         self.bar = Bar(*columns, console=console) if console.is_terminal else None
         self.task = self.bar.add_task("rows", total=rows, completed=done, rate="") if self.bar else None
         self.rows, self.done, self.before, self.tokens, self.every = rows, done, done, 0, every
-        self.start = self.said = time.monotonic()
+        self.start = self.said = start
 
     def __enter__(self) -> Progress:
         if self.bar is not None:
