@@ -197,14 +197,16 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    flags = next((line for line in lines if line.startswith("flags")), "")
+    about = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line}
+    cpu = (
+        f"{about.get('model name', platform.processor())}, family {about.get('cpu family')} model {about.get('model')}"
+    )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "bf16_instructions": [f for f in ("amx_bf16", "avx512_bf16") if f in flags.split()],
+        "bf16_instructions": [f for f in ("amx_bf16", "avx512_bf16") if f in about.get("flags", "").split()],
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": versions,

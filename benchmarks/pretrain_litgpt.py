@@ -8,6 +8,7 @@ import argparse
 import csv
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def main() -> None:
     recorder = Recorder(options.out, check=options.check, ignore=settings["pad"])
     config = convert(options.work / "model", options.work / "litgpt-model")
     recorder.start()
+    recorder.facts["litgpt"] = version("litgpt")
     tokens = torch.load(options.work / "tokens.pt", weights_only=True)
     rows = torch.stack([tokens[i * sequence : (i + 1) * sequence + 1] for i in range(options.steps * batch)])
     weights_of = pretrain.initialize_weights
