@@ -15,6 +15,7 @@ from typing import NoReturn
 import recipes
 from recipes.command_line import parse_command
 from recipes.errors import UserError, nearest, user_message
+from recipes.processor import prepare_processor
 from recipes.trainer_verbs import VERBS as TRAINER_VERBS
 
 OK, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 for a bug (a traceback was printed); 2 for a mistake of the user's (a line was printed); 130 for Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    prepare_processor()
     # Last, so that a user's my_loss.py is found and a folder of theirs named `datasets` hides no library.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the demo; returns 0, or 1 where a promised number does not hold."""
-    from recipes.demo_machine import choose_precision, describe_machine, share_the_cores
+    from recipes.demo_machine import choose_precision, describe_machine
+    from recipes.processor import share_the_cores
 
     share_the_cores()
     demo = Demo()

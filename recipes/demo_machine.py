@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,15 +29,6 @@ class Steps:
     pretrain: int | None
     sft: int | None
     reason: str
-
-
-def share_the_cores() -> None:
-    """Lets threads that wait for one another sleep. To be called before torch is loaded.
-
-    OpenMP's default is to spin, which is a little faster on an idle machine and several times slower on one where other
-    programs run: measured on two cores with one other program, 4.5 s a step against 1.0 s.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def choose_precision() -> str:
