@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("sft", "pretrain"))
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "results" / "work")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--trace", type=Path, help="also write a Chrome trace")
     options = parser.parse_args()
     data_folder()
@@ -69,7 +70,8 @@ def main() -> None:
     ours.Watch = Profile  # type: ignore[misc]
     settings = {"sequence": 512, "batch": 8, "lr": 2e-4, "clip": 1.0, "precision": "bf16-mixed", "pad": 0}
     sides = sft_sides if options.kind == "sft" else pretrain_sides
-    sides.recipe(work, settings, Recorder(work / "profile.json"), WARMUP + STEPS)
+    side = sides.recipe_compiled if options.compiled else sides.recipe
+    side(work, settings, Recorder(work / "profile.json"), WARMUP + STEPS)
     print(report(profiler.key_averages(), torch.get_num_threads()))
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
     if options.trace:
