@@ -12,10 +12,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recipes.errors import UserError
 from recipes.ranks import job_id
@@ -75,14 +75,11 @@ class RunFolder:
             UserError: another process is running in it.
         """
         self.lock = (self.path / LOCK).open("a+")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        # A process that only looks whether the folder is taken holds the lock for an instant: not refused by that.
+        if not any(_locked(self.lock, fcntl.LOCK_EX) for _ in _tries()):
             self.lock.close()
             self.lock = None
-            raise UserError(
-                f"{display(self.path)}: a process is still running in it; wait for it or stop it"
-            ) from error
+            raise UserError(f"{display(self.path)}: a process is still running in it; wait for it or stop it")
         self.lock.truncate(0)
         self.lock.write(job_id())
         self.lock.flush()
@@ -97,10 +94,13 @@ class RunFolder:
         """Whether another job holds the folder."""
         try:
             with (self.path / LOCK).open("r") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return lock.read() != job_id()  # ours: rank 0 of this job was faster than this process
+                for _ in _tries():
+                    if _locked(lock, fcntl.LOCK_SH):
+                        return False
+                    lock.seek(0)
+                    if lock.read() == job_id():
+                        return False  # ours: rank 0 of this job was faster than this process
+                return True  # not at the first look: rank 0 has the lock an instant before its name is in it
         except FileNotFoundError:
             pass
         return False
@@ -121,6 +121,24 @@ class RunFolder:
         """The complete checkpoint of the highest step. (A half-written one has another name until it is whole.)"""
         found = [(int(match[1]), p) for p in self.checkpoints.glob("*.ckpt") if (match := _STEP.fullmatch(p.name))]
         return max(found)[1] if found else None
+
+
+def _tries() -> Iterator[None]:
+    """Yields at once, and again and again for a second: longer than any process is between two steps with a lock."""
+    end = time.monotonic() + 1.0
+    yield
+    while time.monotonic() < end:
+        time.sleep(0.05)
+        yield
+
+
+def _locked(lock: IO[str], kind: int) -> bool:
+    """Takes the lock (LOCK_EX or LOCK_SH) if it is free."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def new_run(runs_dir: Path, recipe: str) -> RunFolder:

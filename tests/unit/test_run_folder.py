@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from recipes.compose import compose
 from recipes.errors import UserError
 from recipes.ranks import first_on_each_machine, job_id
 from recipes.redaction import redact_command, redact_config
-from recipes.run_folder import checkpoint_of, find_run, new_run, write_config, write_environment
+from recipes.run_folder import LOCK, checkpoint_of, find_run, new_run, write_config, write_environment
 
 
 def make_many(runs_dir: Path, count: int, out: Path) -> None:
@@ -92,6 +94,29 @@ class TestFinding:
         assert find_run(tmp_path, "x", None, unfinished=True).number == 0
         monkeypatch.setenv("MASTER_PORT", "2")  # another job
         assert run.running()
+
+    def test_it_is_found_in_the_instant_before_the_lock_has_the_jobs_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in (("TORCHELASTIC_RUN_ID", "7"), ("MASTER_ADDR", "h"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
+        run = new_run(tmp_path, "x")
+        name_of_job = (run.path / LOCK).read_text()
+        (run.path / LOCK).write_text("elastic h:0 7")  # what the last job left there
+        timer = threading.Timer(0.3, (run.path / LOCK).write_text, [name_of_job])
+        timer.start()
+        assert find_run(tmp_path, "x", None, unfinished=True).number == 0
+        timer.join()
+
+    def test_it_is_taken_though_another_process_looks_at_it(self, tmp_path: Path) -> None:
+        run = new_run(tmp_path, "x")
+        run.release()
+        with (run.path / LOCK).open() as looking:
+            fcntl.flock(looking, fcntl.LOCK_SH)
+            timer = threading.Timer(0.3, fcntl.flock, [looking, fcntl.LOCK_UN])
+            timer.start()
+            run.acquire()
+            timer.join()
 
     @pytest.mark.parametrize(
         ("number", "message"),
