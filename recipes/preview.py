@@ -33,7 +33,9 @@ def check_before_training(cli: RecipeCLI, *, verbose: bool, full: bool) -> None:
     Raises:
         UserError, ValueError: what is fatal.
     """
-    check_model(cli)
+    config = check_model(cli)
+    if config is not None and getattr(cli.datamodule, "flat", False):
+        cli.model.backbone.check_packing(config)
     report = audit(cli)
     if report is not None and report.fatal:
         raise UserError("\n".join(report.fatal))

@@ -51,6 +51,11 @@ class Conversation:
         """What the last assistant turn says."""
         return str(self.messages[self._last()]["content"])
 
+    def opening(self) -> str:
+        """What the user says first. Rows that share it are one conversation continued, or one question answered twice:
+        held out with one of them and trained on another, a model would be measured on what it has seen."""
+        return next((str(m["content"]) for m in self.messages if m["role"] == "user"), str(self.messages[0]["content"]))
+
     def _last(self) -> int:
         return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
 

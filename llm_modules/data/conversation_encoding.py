@@ -51,15 +51,16 @@ class ConversationEncoder:
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         written = [self._written(row) for row in rows]
         encoded = self.tokenizer(
-            [text for text, _, _ in written], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            [text for _, text, _, _ in written], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        tokens, masks, sizes = [], [], []
+        tokens, masks, sizes, groups = [], [], [], []
         counts = {"turns": 0, "turns without end": 0}
-        for (text, spans, endless), ids, places in zip(
+        for (talk, text, spans, endless), ids, places in zip(
             written, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             tokens.append(np.array(ids, dtype=np.uint32))
             masks.append(token_mask(np.array(places, dtype=np.int64).reshape(-1, 2), spans))
+            groups.append(content_hash(talk.opening().encode()))
             sizes.append(sum(len(text[start:stop].encode()) for start, stop in spans))
             counts["turns"] += len(spans)
             counts["turns without end"] += endless
@@ -68,13 +69,14 @@ class ConversationEncoder:
             trained=np.concatenate(masks),
             lengths=np.array([len(ids) for ids in tokens], dtype=np.int64),
             sizes=np.array(sizes, dtype=np.int64),
-            hashes=np.array([content_hash(text.encode()) for text, _, _ in written], dtype=np.uint64),
+            hashes=np.array([content_hash(text.encode()) for _, text, _, _ in written], dtype=np.uint64),
+            groups=np.array(groups, dtype=np.uint64),
             places=np.array([(0, row.number) for row in rows], dtype=np.int64),
             counts=counts,
         )
 
-    def _written(self, row: Row) -> tuple[str, list[Span], int]:
-        """The text of a row, its spans to be predicted, and how many of them lack the turn's end."""
+    def _written(self, row: Row) -> tuple[Conversation, str, list[Span], int]:
+        """The conversation of a row, its text, its spans to be predicted, and how many of them lack the turn's end."""
         talk = conversation(row, self.chat_format)
         try:
             if marks_generation(self.tokenizer):
@@ -88,7 +90,7 @@ class ConversationEncoder:
             spans = spans[-1:]
         elif self.train_on == "all":
             spans = [(0, len(text))]
-        return text, spans, endless
+        return talk, text, spans, endless
 
     def _without_end(self, text: str, spans: list[Span], talk: Conversation) -> int:
         answers = [message["content"].strip() for message in talk.messages if message["role"] == "assistant"]

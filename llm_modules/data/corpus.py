@@ -26,7 +26,7 @@ class Corpus:
         too_long: what becomes of documents longer than that; `split` for text.
 
     Attributes:
-        starts, stops, hashes: (D,) of each document; ``stops`` after truncation.
+        starts, stops, hashes, groups: (D,) of each document; ``stops`` after truncation.
         documents: part -> numbers of its documents.
         counts: what was left out or cut, and how often.
     """
@@ -45,6 +45,7 @@ class Corpus:
             [store.offsets[1:] + base for store, base in zip(self.stores, bases, strict=False)]
         )
         self.hashes: NDArray[np.uint64] = np.concatenate([store.hashes for store in self.stores])
+        self.groups: NDArray[np.uint64] = np.concatenate([store.groups for store in self.stores])
         self.sizes: Indices = _joined([store.sizes for store in self.stores])
         self.first: Indices = np.concatenate([[0], np.cumsum([len(store) for store in self.stores])]).astype(np.int64)
         self.documents: dict[str, Indices] = {}
@@ -104,7 +105,7 @@ class Corpus:
         return counts
 
     def hold_out(self, fraction: float, seed: int, exempt: Sequence[int] = ()) -> None:
-        """Move documents from the training part to the validation part, by content.
+        """Move documents from the training part to the validation part, those of a group together.
 
         Args:
             exempt: numbers of training sources that are trained whole (they have a validation part of their own).
@@ -113,7 +114,10 @@ class Corpus:
         if not dealt or fraction <= 0:
             return
         documents = _joined(dealt)
-        chosen = documents[held_out(self.hashes[documents], fraction, seed)]
+        groups = self.groups[documents]
+        if len(np.unique(groups)) < 2:  # every conversation begins alike: by their content
+            groups = self.hashes[documents]
+        chosen = documents[held_out(groups, fraction, seed)]
         self.documents["validation"] = _joined([self.documents.get("validation", _joined([])), chosen])
         self._remove(chosen)
 

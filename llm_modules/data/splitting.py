@@ -10,26 +10,26 @@ from numpy.typing import NDArray
 from llm_modules.data.packing import Indices
 
 
-def held_out(hashes: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which documents are held out for validation, by their content: two equal documents always fall on one side.
+def held_out(groups: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which documents are held out for validation, by group: two of one group always fall on one side.
 
-    A document's side depends on nothing but its content and the seed, so it stays where it is when the data grow.
+    A document's side depends on nothing but its group and the seed, so it stays where it is when the data grow.
 
     Args:
-        hashes: (D,) digest of each document's content.
-        fraction: about how many of the different documents; at least one is held out where there are two.
+        groups: (D,) digest of each document's content, or of the part that it shares with the others of its group.
+        fraction: about how many of the groups; at least one is held out where there are two.
         seed: another one chooses others.
 
     Raises:
         ValueError: there is only one document.
     """
     if fraction <= 0:
-        return np.zeros(len(hashes), dtype=np.bool_)
-    draws = _mixed(hashes, seed)
+        return np.zeros(len(groups), dtype=np.bool_)
+    draws = _mixed(groups, seed)
     different = np.unique(draws)
     if len(different) < 2:
         raise ValueError(
-            f"data.validation_fraction: {fraction} of {len(hashes)} document cannot be held out (the split is by whole "
+            f"data.validation_fraction: {fraction} of {len(groups)} document cannot be held out (the split is by whole "
             "documents); give validation_sources, a document_separator, or a validation_fraction of 0"
         )
     bound = np.uint64(min(fraction, 1.0) * float(2**64 - 2**12))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 META = "meta.json"
-ARRAYS = {"lengths": np.int64, "sizes": np.int64, "hashes": np.uint64, "places": np.int64}
+ARRAYS = {"lengths": np.int64, "sizes": np.int64, "hashes": np.uint64, "groups": np.uint64, "places": np.int64}
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Encoded:
         lengths: (D,) int64 tokens of each document.
         sizes: (D,) int64 UTF-8 bytes of the trained text of each document (for bits per byte).
         hashes: (D,) uint64 digest of each document's content.
+        groups: (D,) uint64, the same for documents that must fall on one side of the split.
         places: (D, 2) int64 number of the file, and number of the row in it.
         counts: name of a thing that was counted -> how often (for the audit).
     """
@@ -37,6 +38,7 @@ class Encoded:
     lengths: NDArray[np.int64]
     sizes: NDArray[np.int64]
     hashes: NDArray[np.uint64]
+    groups: NDArray[np.uint64]
     places: NDArray[np.int64]
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -45,7 +47,7 @@ class TokenStore:
     """The documents of one source.
 
     Attributes:
-        lengths, sizes, hashes, places: see `Encoded`; offsets: (D + 1,) int64 where each document starts.
+        lengths, sizes, hashes, groups, places: see `Encoded`; offsets: (D + 1,) int64 where each document starts.
         meta: what is known of the whole: files, counts.
     """
 
@@ -55,6 +57,7 @@ class TokenStore:
         self.lengths: NDArray[np.int64] = np.load(folder / "lengths.npy", mmap_mode="r")
         self.sizes: NDArray[np.int64] = np.load(folder / "sizes.npy", mmap_mode="r")
         self.hashes: NDArray[np.uint64] = np.load(folder / "hashes.npy", mmap_mode="r")
+        self.groups: NDArray[np.uint64] = np.load(folder / "groups.npy", mmap_mode="r")
         self.places: NDArray[np.int64] = np.load(folder / "places.npy", mmap_mode="r")
         self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(self.lengths)])
         self.tokens: NDArray[Any] = np.memmap(folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")

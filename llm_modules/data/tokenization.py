@@ -67,12 +67,14 @@ class TextEncoder:
         end = [self.tokenizer.eos_token_id]
         documents = [np.array([*start, *ids, *end], dtype=np.uint32) for ids in self._ids(texts)]
         data = [text.encode() for text in texts]
+        hashes = np.array([content_hash(text) for text in data], dtype=np.uint64)
         return Encoded(
             tokens=np.concatenate(documents),
             trained=None,
             lengths=np.array([len(document) for document in documents], dtype=np.int64),
             sizes=np.array([len(text) for text in data], dtype=np.int64),
-            hashes=np.array([content_hash(text) for text in data], dtype=np.uint64),
+            hashes=hashes,
+            groups=hashes,
             places=np.array([(0, row.number) for row in rows], dtype=np.int64),
         )
 

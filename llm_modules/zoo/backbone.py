@@ -168,6 +168,18 @@ class Backbone:
         config = self.check(vocabulary=vocabulary, sequence_length=sequence_length, precision=precision)
         return with_room(config, vocabulary)
 
+    def check_packing(self, config: PretrainedConfig) -> None:
+        """Raises ValueError where documents of one packed row would see each other."""
+        from llm_modules.zoo.attention import register
+        from llm_modules.zoo.probe import packing_problem
+
+        register()
+        if problem := packing_problem(config, self.attention):
+            raise ValueError(
+                f"data.packing: not for {config.model_type!r} with attention {self.attention!r}: {problem}; set "
+                "packing: none"
+            )
+
     def summary(
         self,
         *,

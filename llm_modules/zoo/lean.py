@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -96,6 +97,7 @@ class _RMSNorm(torch.autograd.Function):
         return (hidden_NH * inverse_N1).mul_(scale_H).to(dtype).view(hidden.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden_NH, inverse_N1, weight = ctx.saved_tensors
         scale_H = weight + ctx.offset if ctx.offset else weight
@@ -118,6 +120,7 @@ class _Gated(torch.autograd.Function):
         return activation(gate_NF) * up_NF
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_NF: Tensor) -> tuple[None, Tensor, Tensor]:
         gate_NF, up_NF = ctx.saved_tensors
         with torch.enable_grad():

@@ -128,6 +128,10 @@ LEARNING_RATE = "model.init_args.optimizer.init_args.lr"
         (["--data.batch_size", "[2]"], "`data.init_args.batch_size` is [2]; allowed: a whole number"),
         (["--model.optimizer.lr", "fast"], f"--model.optimizer.lr: `{LEARNING_RATE}` is 'fast'; allowed: "),
         (["--model.backbone.init", "zero"], "is 'zero'; allowed: pretrained or random or null"),
+        (
+            ["--model.backbone.config", "{model_type: stablelm}"],
+            "data.packing: not for 'stablelm' with attention 'packed': ",
+        ),
         (["--data.packing", "tight"], "is 'tight'; allowed: documents or chunks or batch or none"),
         (["--trainer.precision", "8"], "`trainer.precision` is 8; allowed: "),
         (["--data.sources", "rows.jsonl"], "--data.sources: `data.init_args.sources` is 'rows.jsonl'; allowed: a list"),

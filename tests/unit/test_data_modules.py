@@ -78,6 +78,28 @@ def test_parts_share_no_document(tmp_path):
     assert len(documents["train"]) + len(documents["validation"]) == 100
 
 
+def test_rows_of_one_conversation_fall_on_one_side(tmp_path):
+    """As in OpenAssistant, where each row repeats the turns before it, or one question has several answers."""
+    rows = []
+    for tree in range(30):
+        talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Question {tree}?"}]
+        for turn in range(4):
+            talk = [*talk, {"role": "assistant", "content": f"Answer {tree}.{turn}."}]
+            rows.append({"messages": talk, "tree": tree})
+            talk = [*talk, {"role": "user", "content": f"And {turn}?"}]
+    path = write(tmp_path / "trees.jsonl", rows)
+    datamodule = conversations(path, validation_fraction=0.2, sequence_length=512)
+    trees = {part: {number // 4 for number in numbers} for part, numbers in datamodule.corpus.documents.items()}
+    assert len(trees["train"]) + len(trees["validation"]) == 30
+    assert trees["validation"]
+
+
+def test_conversations_that_all_begin_alike_are_dealt_by_what_follows(tmp_path):
+    rows = [{"prompt": "Write a line.", "completion": f"Line {i}."} for i in range(40)]
+    datamodule = conversations(write(tmp_path / "a.jsonl", rows), validation_fraction=0.2)
+    assert 0 < len(datamodule.corpus.documents["validation"]) < 40
+
+
 def test_held_out_sources_are_taken_out_of_the_training(tmp_path):
     train = write(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(10)])
     held = write(tmp_path / "b.jsonl", [{"text": "document 3"}, {"text": "other"}])
@@ -181,7 +203,7 @@ def test_long_text_is_split_and_every_token_predicted_once(tmp_path):
 def test_padded_rows_of_a_step_are_sorted_before_they_are_cut(qa):
     datamodule = conversations(qa, packing="none", batch_size=2, validation_fraction=0.0)
     datamodule.trainer = SimpleNamespace(
-        world_size=1, global_rank=0, accumulate_grad_batches=4, limit_train_batches=1.0, overfit_batches=0
+        distributed_sampler_kwargs=None, accumulate_grad_batches=4, limit_train_batches=1.0, overfit_batches=0
     )
     widths = [batch.input_ids.shape[1] for batch in datamodule.train_dataloader()]
     assert all(widths[i : i + 4] == sorted(widths[i : i + 4], reverse=True) for i in range(0, len(widths), 4))
@@ -196,8 +218,7 @@ def test_padded_rows_of_a_step_are_sorted_before_they_are_cut(qa):
 
 def of_rank(datamodule, rank: int, world: int, accumulate: int = 1):
     datamodule.trainer = SimpleNamespace(
-        world_size=world,
-        global_rank=rank,
+        distributed_sampler_kwargs={"num_replicas": world, "rank": rank},
         accumulate_grad_batches=accumulate,
         limit_train_batches=1.0,
         overfit_batches=0,
