@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed.tensor
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+
+from llm_modules.strategies.gradients import gradient_norm
 
 
 class UnstableTraining(ValueError):
@@ -86,14 +87,12 @@ class SpikeGuard(Callback):
         rows: list[list[int]],
     ) -> str:
         """What is wrong on this rank, or nothing."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         norm = losses.new_zeros(())
-        if gradients and not scaled:
-            norm = torch.nn.utils.get_total_norm(gradients)
+        if not scaled:
+            norm = gradient_norm(optimizer, getattr(trainer.strategy, "shard_group", None))
             if hasattr(pl_module, "gradient_norm"):
                 pl_module.gradient_norm = norm  # the module clips by it and logs it: one pass over the gradients less
-            norm = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
         finite = torch.isfinite(torch.cat([losses, norm.to(losses).reshape(1)])).tolist()
         if all(finite):
             return ""

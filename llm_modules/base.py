@@ -25,8 +25,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from llm_modules.batch import CountedBatch, ObjectiveOutput
 from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
-from llm_modules.optimizers import parameter_groups
+from llm_modules.optimizers import parameter_groups, parameter_kinds
 from llm_modules.schedules import RunSchedule
+from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone, CausalLM, describe_difference
 
@@ -67,6 +68,7 @@ class LLMModule(LightningModule):
         self.flops_per_token: float | None = None
         self.gradient_norm: Tensor | None = None
         self._tokenizer: Any = None
+        self._kinds: dict[str, str] = {}
         self._window: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._validation: dict[str, dict[str, Tensor]] = {}
@@ -102,12 +104,31 @@ class LLMModule(LightningModule):
             tokenizer=self.tokenizer, sequence_length=self.sequence_length, seed=self.seed, precision=precision
         )
         self.flops_per_token = self.model.flops_per_token(self.sequence_length)
+        self._kinds = parameter_kinds(self)
+        if self._device_mesh is not None:
+            self._spread()
+
+    def _spread(self) -> None:
+        """Splits the built model over the strategy's mesh of devices (FSDP2, tensor parallelism, both)."""
+        from llm_modules.strategies.parallel_plan import parallelize, shard
+
+        assert self.model is not None
+        mesh, strategy = self.device_mesh, self.trainer.strategy
+        assert mesh is not None
+        tensor, data = mesh["tensor_parallel"], mesh["data_parallel"]
+        if tensor.size() > 1:
+            parallelize(self.model.hf, tensor)
+        if data.size() > 1 or tensor.size() == 1:
+            reshard = getattr(strategy, "reshard_after_forward", True)
+            offload = getattr(strategy, "offload", False)
+            shard(self.model, self.model.blocks(), data, reshard=reshard, offload=offload)
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self)
+        groups = parameter_groups(self, self._kinds)
         if not groups:
             raise ValueError("model: no parameter is trainable; unfreeze some, or use `recipes validate`")
         optimizer = self.optimizer_factory(groups)
+        allow_mixed_layouts(optimizer)
         if self.schedule_factory is None:
             return optimizer
         schedule = self.schedule_factory(optimizer)
@@ -154,9 +175,17 @@ class LLMModule(LightningModule):
     def cancel_averaging(self) -> float:
         """The factor that undoes what Lightning and the strategy do to a loss that is already normalized.
 
-        Lightning divides by the number of micro-batches; data-parallel strategies take the mean over ranks.
+        Lightning divides by the number of micro-batches; data-parallel strategies take the mean over ranks, and
+        DeepSpeed divides by the number of micro-batches once more.
         """
-        return float(self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        windows = 2 if self.trainer.strategy.handles_gradient_accumulation else 1
+        return float(self.trainer.accumulate_grad_batches**windows * self.replicas[0])
+
+    @property
+    def replicas(self) -> tuple[int, int]:
+        """How many parts the batch is dealt in, and which one is this rank's (shared by tensor-parallel ranks)."""
+        dealt = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        return dealt["num_replicas"], dealt["rank"]
 
     def global_counts(self, batch: CountedBatch) -> dict[str, Tensor]:
         """The window's denominators over all ranks; each at least 1, so that an empty window has a zero gradient."""
@@ -174,11 +203,12 @@ class LLMModule(LightningModule):
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return values
-        return self.trainer.strategy.reduce(values, reduce_op="sum")  # type: ignore[return-value]
+        total: Any = self.trainer.strategy.reduce(values, reduce_op="sum")
+        return total / (self.trainer.world_size // self.replicas[0])  # ranks that share the same rows count once
 
     def seed_micro_step(self, micro_step: int) -> None:
         """Random numbers (dropout) are a function of seed, step and rank, so that no random state need be saved."""
-        place = f"{self.seed},{self.global_step},{micro_step},{self.global_rank}"
+        place = f"{self.seed},{self.global_step},{micro_step},{self.replicas[1]}"
         number = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=6).digest(), "big")
         random.seed(number)
         torch.manual_seed(number)
@@ -216,12 +246,10 @@ class LLMModule(LightningModule):
         """Clips, and logs the norm of the gradient before it (that a callback may have computed just now)."""
         norm, self.gradient_norm = self.gradient_norm, None
         if norm is None:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = gradient_norm(optimizer, getattr(self.trainer.strategy, "shard_group", None))
         self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), norm)
+            clip_gradients(optimizer, float(gradient_clip_val), norm)
         elif gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

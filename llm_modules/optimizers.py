@@ -10,24 +10,37 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_kinds(model: nn.Module) -> dict[str, str]:
+    """The kind of each parameter, by name: ``matrix``, ``embedding`` or ``vector`` (see ``parameter_groups``).
+
+    To be asked before a strategy wraps the model: in flat shards every parameter has one dimension.
+    """
+    lookup = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    kinds = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            kinds[name] = "vector"
+        elif id(parameter) in lookup or "lm_head" in name.split(".") or "embed_out" in name.split("."):
+            kinds[name] = "embedding"
+        else:
+            kinds[name] = "matrix"
+    return kinds
+
+
+def parameter_groups(model: nn.Module, kinds: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """The trainable parameters in up to three groups, each with a ``kind``.
 
     ``matrix``: hidden weights (two or more dimensions); ``embedding``: the weights of embeddings and of the head;
     ``vector``: norms and biases, without weight decay (as in GPT-3 and Llama: decay only pulls on what is multiplied).
+
+    Args:
+        kinds: as ``parameter_kinds`` said before a strategy wrapped the model; None: as it is now.
     """
-    lookup = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    kinds = kinds or parameter_kinds(model)
     groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "vector": []}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim < 2:
-            kind = "vector"
-        elif id(parameter) in lookup or "lm_head" in name.split(".") or "embed_out" in name.split("."):
-            kind = "embedding"
-        else:
-            kind = "matrix"
-        groups[kind].append(parameter)
+        if parameter.requires_grad:
+            groups[kinds[name.replace("_fsdp_wrapped_module.", "")]].append(parameter)
     return [
         {"params": parameters, "kind": kind} | ({"weight_decay": 0.0} if kind == "vector" else {})
         for kind, parameters in groups.items()

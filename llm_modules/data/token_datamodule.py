@@ -199,7 +199,9 @@ class TokenDataModule(LightningDataModule):
         return self._new_loader(workers=0).steps_in_epoch
 
     def _slicing(self, batch_size: int, accumulate: int = 1) -> Slicing:
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        # Not the number of ranks: those that share each matrix (tensor parallelism) work on the same rows.
+        replicas = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        world, rank = replicas.get("num_replicas", 1), replicas.get("rank", 0)
         return Slicing(batch_size, accumulate, world, rank, sort=self.packing == "none")
 
     def _collator(self) -> Collator:

@@ -1,1 +1,6 @@
+"""What Lightning's strategies lack: one form of checkpoint, CPUs, tensor-parallel plans, exact norms of gradients."""
 
+from llm_modules.strategies.fsdp1 import FSDP1Strategy
+from llm_modules.strategies.sharded import ShardedStrategy
+
+__all__ = ["FSDP1Strategy", "ShardedStrategy"]

@@ -121,13 +121,17 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: the family has no decoder blocks that transformers marks as such.
         """
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        blocks = [module for module in self.hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+        blocks = self.blocks()
         if not blocks:
             raise ValueError(f"backbone.compile: {type(self.hf).__name__} has no decoder blocks; set it to false")
         for block in blocks:
             block.compile(dynamic=True)
+
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks, in order."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.hf.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
         """A change of dtype leaves fp32 buffers: rotary frequencies in bf16 would put tokens at wrong positions."""

@@ -1,0 +1,54 @@
+"""FSDP1 (FullyShardedDataParallel), also on CPUs; checkpoints of one form."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+
+from llm_modules.strategies.full_state import WholeCheckpoints
+
+
+class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
+    """Flat shards of each decoder block's weights (arXiv 2304.11277), as torch had them before FSDP2.
+
+    Args:
+        sharding_strategy: what is sharded: FULL_SHARD (weights, gradients, optimizer state), SHARD_GRAD_OP (not the
+            weights), NO_SHARD (nothing: as ddp), HYBRID_SHARD (within a machine, replicated across).
+        offload: keep shards in host memory between their uses.
+        process_group_backend: default: nccl on GPUs, gloo on CPUs.
+    """
+
+    def __init__(
+        self,
+        sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"] = "FULL_SHARD",
+        offload: bool = False,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            sharding_strategy=sharding_strategy, cpu_offload=offload, process_group_backend=process_group_backend
+        )
+
+    @property
+    def shard_group(self) -> Any:
+        """The ranks that a gradient's parts are spread over; None where each rank has it whole."""
+        from torch.distributed.fsdp import ShardingStrategy
+
+        return None if self.sharding_strategy == ShardingStrategy.NO_SHARD else self.model.process_group  # type: ignore[union-attr]
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        """Each decoder block a unit. (torch takes a CPU only if it is told the device itself, not its index.)"""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        blocks: Any = model.model.blocks()  # type: ignore[operator, union-attr]
+        return FullyShardedDataParallel(
+            model,
+            cpu_offload=self.cpu_offload,
+            mixed_precision=self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy,
+            auto_wrap_policy=ModuleWrapPolicy({type(block) for block in blocks}),
+            device_id=self.root_device if self.root_device.type == "cpu" else self.root_device.index,
+            use_orig_params=True,
+        )

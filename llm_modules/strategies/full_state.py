@@ -1,0 +1,119 @@
+"""Weights and optimizer state of a model that is spread over ranks, as those of one process, and back.
+
+A checkpoint has one form whatever the strategy: the whole state dict by parameter name, and the optimizer's state by
+position in the optimizer's groups, as `torch.optim.Optimizer.state_dict` has it. So what was saved under one strategy
+and number of processes is resumed under any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies.strategy import Strategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def full_weights(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """The whole state dict, on the CPU; all ranks call it, rank 0 has the result."""
+    return get_model_state_dict(model, options=_options(device))  # type: ignore[return-value]
+
+
+def full_optimizer_state(model: nn.Module, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
+    """What the optimizer's own ``state_dict`` would be in one process; all ranks call it, rank 0 has the result."""
+    by_name: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_options(device))
+    if not by_name:
+        return {}
+    number = {name: i for i, name in enumerate(_names(model, optimizer))}
+    state = {number[clean_name(name)]: values for name, values in by_name["state"].items()}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        start = sum(len(earlier["params"]) for earlier in groups)
+        positions = list(range(start, start + len(group["params"])))
+        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": positions})
+    return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+
+def load_full_weights(model: nn.Module, weights: Mapping[str, Any], strict: bool) -> None:
+    """Each rank takes its part of the whole state dict, which every rank has."""
+    options = StateDictOptions(full_state_dict=True, strict=strict)
+    set_model_state_dict(model, dict(weights), options=options)
+
+
+def load_full_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Each rank takes its part of an optimizer's whole state, which every rank has.
+
+    Raises:
+        ValueError: the state is of other groups of parameters.
+    """
+    names = _names(model, optimizer)
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != [len(group["params"]) for group in optimizer.param_groups]:
+        raise ValueError(
+            f"ckpt_path: the checkpoint's optimizer has groups of {sizes} parameters, this run's of "
+            f"{[len(group['params']) for group in optimizer.param_groups]}"
+        )
+    state = {names[number]: values for number, values in saved["state"].items()}
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Names of the optimizer's parameters, in the order of its groups."""
+    of_parameter = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    return [of_parameter[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _options(device: torch.device) -> StateDictOptions:
+    # FSDP1 crashes the process when it is to move to a CPU what is on one.
+    return StateDictOptions(full_state_dict=True, cpu_offload=device.type != "cpu")
+
+
+class WholeCheckpoints:
+    """The part of a strategy that makes its checkpoints whole; written and read by the run's CheckpointIO plugin."""
+
+    model: Any
+    root_device: Any
+    optimizers: Any
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return full_weights(self.model, self.root_device)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return full_optimizer_state(self.model, getattr(optimizer, "_optimizer", optimizer), self.root_device)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)  # type: ignore[arg-type]
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)  # type: ignore[arg-type]
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        load_full_weights(self.model, checkpoint["state_dict"], strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            load_full_optimizer_state(self.model, optimizer, state)

@@ -1,0 +1,130 @@
+"""Short real runs under one strategy after another, in one launch; a program, so that ranks can run it.
+
+``torchrun --nproc-per-node N -m tests.distributed.strategy_cells CELLS.json OUT`` trains each cell and rank 0 writes
+``OUT/<cell>.pt``: the losses and gradient norms of each step, and the whole weights after the last, by name; or the one
+line that refuses the cell.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from callbacks import AtomicCheckpointIO
+from llm_modules.data import ConversationDataModule, TextDataModule
+from llm_modules.language_model import LanguageModelModule
+from llm_modules.strategies import FSDP1Strategy, ShardedStrategy
+from llm_modules.zoo import Backbone
+
+ROWS_PER_STEP = 8
+STEPS = 5
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    },
+    "qwen3": {
+        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
+    },
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
+             "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+}  # fmt: skip
+STRATEGIES: dict[str, Any] = {
+    "single": lambda: "auto",
+    "ddp": lambda: "ddp",
+    "fsdp2": lambda: ShardedStrategy(),
+    "fsdp2-keep": lambda: ShardedStrategy(reshard_after_forward=False),
+    "tp": lambda: ShardedStrategy(tensor_parallel=int(torch.distributed.get_world_size())),
+    "fsdp2-tp": lambda: ShardedStrategy(tensor_parallel=2),
+    "fsdp1": lambda: FSDP1Strategy(),
+    "fsdp1-grad": lambda: FSDP1Strategy(sharding_strategy="SHARD_GRAD_OP"),
+}
+
+
+class Record(Callback):
+    """The losses and norms of the steps, as the module logs them."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step > len(self.losses):
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+            self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+
+def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
+    strategy = STRATEGIES[cell["strategy"]]()
+    tensor = strategy.tensor_parallel if isinstance(strategy, ShardedStrategy) else 1
+    accumulate = 2
+    backbone = Backbone(config=MODELS[cell.get("model", "llama")], **cell.get("backbone", {}))
+    module = LanguageModelModule(
+        backbone,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1),
+        sequence_length=128,
+        seed=1,
+    )
+    common: dict[str, Any] = {
+        "sources": [{"path": cell["rows"]}],
+        "batch_size": ROWS_PER_STEP // (accumulate * max(1, world // tensor)),
+        "packing": cell.get("packing", "batch"),
+        "validation_fraction": 0.0,
+        "tokenizer": "builtin:bytes",
+        "sequence_length": 128,
+        "seed": 1,
+        "cache_dir": cell["cache"],
+    }
+    chat = cell["stage"] != "pretrain"
+    data: Any = ConversationDataModule(**common, chat_template="chatml") if chat else TextDataModule(**common)
+    record = Record()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy,
+        max_steps=cell.get("steps", STEPS),
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[record],
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=cell.get("resume"))
+    if cell.get("save"):
+        trainer.save_checkpoint(cell["save"])
+    weights = trainer.strategy.lightning_module_state_dict()
+    whole = {name: value.clone() for name, value in weights.items()}
+    return {"losses": record.losses, "norms": record.norms, "weights": whole}
+
+
+def main(cells: list[dict[str, Any]], out: Path) -> None:
+    import os
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 or "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    for cell in cells:
+        try:
+            result: dict[str, Any] = train(cell, world)
+        except ValueError as error:
+            result = {"refused": str(error)}
+        if int(os.environ.get("RANK", "0")) == 0:
+            torch.save(result, out / f"{cell['name']}.pt")
+            print(cell["name"], result.get("losses") or result["refused"], flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
