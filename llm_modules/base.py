@@ -228,14 +228,17 @@ class LLMModule(LightningModule):
         self._tokens_seen = self._tokens_seen + totals.pop("|tokens_seen")  # stays on the device: no wait for it
         values = {key.split("|")[0]: value / self._window[key.split("|")[1]] for key, value in totals.items()}
         self.log_dict({f"train/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
-        self.log("lr", self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"], on_step=True, on_epoch=False)  # type: ignore[union-attr]
+        self.log("lr", self.trainer.strategy.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
         self.log("tokens_seen", self._tokens_seen, on_step=True, on_epoch=False)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Steps, and frees the gradients at once: Lightning would keep them until the next backward pass, beside all
         the activations of the next forward pass."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()
+        if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed comes here once a micro-batch
+            optimizer.zero_grad()
+        elif (norm := getattr(self.trainer.strategy, "gradient_norm", None)) is not None:
+            self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
 
     def configure_gradient_clipping(
         self,
@@ -245,6 +248,8 @@ class LLMModule(LightningModule):
     ) -> None:
         """Clips, and logs the norm of the gradient before it (that a callback may have computed just now)."""
         norm, self.gradient_norm = self.gradient_norm, None
+        if self.trainer.strategy.handles_gradient_accumulation:
+            return  # DeepSpeed clips in its own step
         if norm is None:
             norm = gradient_norm(optimizer, getattr(self.trainer.strategy, "shard_group", None))
         self.log("train/grad_norm", norm, on_step=True, on_epoch=False)

@@ -6,7 +6,7 @@ Shape legend: B rows, T positions, N = B * T positions, D documents, M trained p
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -82,9 +82,11 @@ class CountedBatch(Protocol):
     def counts(self) -> Mapping[str, float]: ...
 
 
-@dataclass
-class TokenScores:
+class TokenScores(NamedTuple):
     """What a language model says of M target tokens; all in fp32. Only trained positions are computed.
+
+    A tuple, because FSDP and DeepSpeed look for the tensors in what a module returns: their work before its backward
+    pass hangs on them.
 
     Attributes:
         logprobs: (M,) log p(target | what came before).
@@ -94,7 +96,7 @@ class TokenScores:
     """
 
     logprobs: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # no tuple is asked for the place of a value here
     log_normalizer: Tensor | None = None
     mean_logprob: Tensor | None = None
 

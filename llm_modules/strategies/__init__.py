@@ -2,5 +2,6 @@
 
 from llm_modules.strategies.fsdp1 import FSDP1Strategy
 from llm_modules.strategies.sharded import ShardedStrategy
+from llm_modules.strategies.zero import ZeroStrategy
 
-__all__ = ["FSDP1Strategy", "ShardedStrategy"]
+__all__ = ["FSDP1Strategy", "ShardedStrategy", "ZeroStrategy"]

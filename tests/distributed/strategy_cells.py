@@ -8,6 +8,7 @@ line that refuses the cell.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from callbacks import AtomicCheckpointIO
 from llm_modules.data import ConversationDataModule, TextDataModule
 from llm_modules.language_model import LanguageModelModule
-from llm_modules.strategies import FSDP1Strategy, ShardedStrategy
+from llm_modules.strategies import FSDP1Strategy, ShardedStrategy, ZeroStrategy
 from llm_modules.zoo import Backbone
 
 ROWS_PER_STEP = 8
@@ -40,8 +41,13 @@ STRATEGIES: dict[str, Any] = {
     "ddp": lambda: "ddp",
     "fsdp2": lambda: ShardedStrategy(),
     "fsdp2-keep": lambda: ShardedStrategy(reshard_after_forward=False),
-    "tp": lambda: ShardedStrategy(tensor_parallel=int(torch.distributed.get_world_size())),
+    "tp": lambda: ShardedStrategy(tensor_parallel=max(2, int(os.environ.get("WORLD_SIZE", "1")))),
     "fsdp2-tp": lambda: ShardedStrategy(tensor_parallel=2),
+    "zero1": lambda: ZeroStrategy(stage=1),
+    "zero2": lambda: ZeroStrategy(stage=2),
+    "zero3": lambda: ZeroStrategy(stage=3),
+    "zero2-offload": lambda: ZeroStrategy(stage=2, offload_optimizer=True),
+    "zero3-offload": lambda: ZeroStrategy(stage=3, offload_optimizer=True, offload_parameters=True),
     "fsdp1": lambda: FSDP1Strategy(),
     "fsdp1-grad": lambda: FSDP1Strategy(sharding_strategy="SHARD_GRAD_OP"),
 }
@@ -53,9 +59,14 @@ class Record(Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        if trainer.global_step > len(self.losses):
+        if trainer.global_step > self.step:
+            self.step = trainer.global_step
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
 
@@ -111,8 +122,6 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
 
 
 def main(cells: list[dict[str, Any]], out: Path) -> None:
-    import os
-
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 or "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")

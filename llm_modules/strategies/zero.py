@@ -1,0 +1,151 @@
+"""DeepSpeed ZeRO 1, 2 and 3, also on CPUs; checkpoints of one form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies.ddp import DDPStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llm_modules.strategies.zero_state import (
+    load_zero_optimizer_state,
+    load_zero_weights,
+    zero_optimizer_state,
+    zero_weights,
+)
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO (arXiv 1910.02054) in one of its stages.
+
+    Args:
+        stage: what is spread over the devices: 1: the optimizer's state; 2: gradients too; 3: weights too.
+        offload_optimizer: keep the optimizer's state in host memory, and step there.
+        offload_parameters: keep the weights in host memory between their uses (stage 3).
+        bucket_elements: gradients that are reduced together, in elements: larger is faster and takes more memory.
+        overlap: reduce gradients while the backward pass goes on (GPUs).
+    """
+
+    def __init__(
+        self,
+        stage: Literal[1, 2, 3] = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        bucket_elements: int = 200_000_000,
+        overlap: bool = True,
+    ) -> None:
+        if stage not in (1, 2, 3):
+            raise ValueError(f"strategy.stage: {stage!r} is not allowed; 1, 2 or 3")
+        if offload_parameters and stage != 3:
+            raise ValueError(
+                "strategy.offload_parameters: needs stage 3; in the others each device has all the weights"
+            )
+        _find_deepspeed()
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            allgather_bucket_size=bucket_elements,
+            reduce_bucket_size=bucket_elements,
+            overlap_comm=overlap and torch.cuda.is_available(),
+        )
+        self.stage = stage
+        assert isinstance(self.config, dict)
+        self.config["zero_force_ds_cpu_optimizer"] = False  # the config's own optimizer, whichever it is
+        self._groups: list[list[str]] = []
+
+    # --- on a CPU
+
+    def setup_environment(self) -> None:
+        if isinstance(self.accelerator, CPUAccelerator):
+            DDPStrategy.setup_environment(self)  # Lightning's own refuses a CPU; DeepSpeed does not
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        if isinstance(self.accelerator, CPUAccelerator):
+            self.set_world_ranks()  # Lightning's own asks for indices of devices, which a CPU has not
+            self._init_deepspeed_distributed()
+        else:
+            super().setup_distributed()
+
+    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> Any:
+        import deepspeed
+
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        engine, zero, _, _ = deepspeed.initialize(
+            config=self.config,
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, zero
+
+    # --- weights
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """The weights are made whole, then spread: under DeepSpeed's own context a model that transformers makes from a
+        config silently gets other initial weights."""
+        self._init_config_if_needed()
+        yield
+
+    # --- checkpoints: whole, of the form that every strategy reads; written by the CheckpointIO plugin
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return zero_weights(self.lightning_module)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return zero_optimizer_state(self.lightning_module, self.deepspeed_engine.optimizer, self._groups)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        load_zero_weights(self.lightning_module, checkpoint["state_dict"], strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.lightning_module is not None
+        (state,) = checkpoint["optimizer_states"]
+        load_zero_optimizer_state(self.lightning_module, self.deepspeed_engine.optimizer, self._groups, state)
+
+    @property
+    def gradient_norm(self) -> Tensor | None:
+        """The norm of the last step's gradient, before clipping."""
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(float(norm))
+
+
+def _find_deepspeed() -> None:
+    """Tells DeepSpeed that there is only a CPU before it is first imported: it decides then.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise ValueError("strategy: ZeRO needs DeepSpeed; pip install 'litrecipes[deepspeed]'") from error

@@ -1,0 +1,171 @@
+"""Every strategy trains what one process trains, and resumes what any other has saved.
+
+The cells of a world size share one launch (importing takes longer than training). With ``LITRECIPES_TABLE=1`` the
+tables of ``llm_modules/strategies/README.md`` are written anew; without, they are checked to name every cell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.strategy_cells import STEPS, STRATEGIES
+from tests.invariance.gradients import write_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("strategies")]
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "llm_modules/strategies/README.md"
+LOSS, WEIGHTS = 2e-6, 2e-5
+WORLDS = (1, 2, 4)
+STAGES = ("pretrain", "sft")
+SAVED_AFTER = 3
+PORTABLE = ("ddp", "fsdp2", "tp", "fsdp1", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+
+Cell = dict[str, Any]
+
+
+class Launches:
+    """Runs cells, all of a world size in one launch, and keeps their results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = {stage: str(write_rows(folder, stage, 40)) for stage in STAGES}
+
+    def cell(self, strategy: str, stage: str, world: int, model: str = "llama", **more: Any) -> Cell:
+        name = f"{strategy}-{world}-{stage}-{model}" + "".join(f"-{Path(str(v)).stem}" for v in more.values())
+        cache = str(self.folder / "cache")
+        return {
+            "name": name, "strategy": strategy, "stage": stage, "model": model, "rows": self.rows[stage],
+            "cache": cache, "world": world, **more,
+        }  # fmt: skip
+
+    def run(self, cells: list[Cell], timeout: int = 400) -> dict[str, dict[str, Any]]:
+        world = cells[0]["world"]
+        listed = self.folder / f"cells-{world}-{cells[0]['name']}.json"
+        listed.write_text(json.dumps(cells))
+        launcher = [sys.executable]
+        if world > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        done = subprocess.run(
+            [*launcher, "-m", "tests.distributed.strategy_cells", str(listed), str(self.folder)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return {cell["name"]: torch.load(self.folder / f"{cell['name']}.pt") for cell in cells}
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    return Launches(tmp_path_factory.mktemp("strategies"))
+
+
+@pytest.fixture(scope="module")
+def reference(launches: Launches) -> dict[tuple[str, str], dict[str, Any]]:
+    """What one process trains, by (stage, model)."""
+    cells = [launches.cell("single", stage, 1, model) for stage in STAGES for model in ("llama", "qwen3")]
+    results = launches.run(cells)
+    return {(cell["stage"], cell["model"]): results[cell["name"]] for cell in cells}
+
+
+def difference(result: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float]:
+    """The largest differences of the losses (of the last steps, after a resume) and of the weights."""
+    losses, wanted = result["losses"], expected["losses"][-len(result["losses"]) :]
+    assert set(result["weights"]) == set(expected["weights"])
+    weights = (
+        float((value.float() - expected["weights"][name].float()).abs().max())
+        for name, value in result["weights"].items()
+    )
+    return max(abs(a - b) for a, b in zip(losses, wanted, strict=True)), max(weights)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_strategy_trains_what_one_process_trains(
+    world: int, launches: Launches, reference: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """With accumulation, clipping, and counts of tokens that differ between micro-batches and ranks."""
+    names = [name for name in STRATEGIES if (name == "single") == (world == 1) or name not in ("single", "ddp")]
+    cells = [launches.cell(name, stage, world, model) for name in names for stage, model in reference]
+    results = launches.run(cells)
+    table: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        result = results[cell["name"]]
+        row = table.setdefault(cell["strategy"], {})
+        column = f"{cell['stage']}, {cell['model']}"
+        if "refused" in result:
+            assert result["refused"].startswith("strategy"), result["refused"]
+            assert "\n" not in result["refused"]
+            assert (cell["strategy"], world) in REFUSED, result["refused"]
+            row[column] = "refused"
+            continue
+        assert (cell["strategy"], world) not in REFUSED
+        assert len(result["losses"]) == STEPS
+        expected = reference[cell["stage"], cell["model"]]
+        loss, weights = difference(result, expected)
+        norm = max(abs(a - b) / b for a, b in zip(result["norms"], expected["norms"], strict=True))
+        assert loss <= LOSS, cell
+        assert weights <= WEIGHTS, cell
+        assert norm <= 1e-5, cell
+        row[column] = f"{loss:.0e}, {weights:.0e}"
+    check_table(f"{world} process{'es' if world > 1 else ''}", table)
+
+
+REFUSED = {("tp", 1), ("fsdp2-tp", 1), ("tp", 4)}
+"""No other device to share with; two heads of keys and values for four devices. (fsdp2-tp on two is tp.)"""
+
+
+def test_what_one_strategy_saves_any_other_resumes(
+    launches: Launches, reference: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    expected = reference["pretrain", "llama"]
+    saved: dict[str, str] = {}
+    for world, names in ((1, ("single",)), (2, PORTABLE), (4, ("fsdp2-tp",))):
+        cells = []
+        for name in names:
+            saved[name] = str(launches.folder / f"saved-{name}.ckpt")
+            cells.append(launches.cell(name, "pretrain", world, steps=SAVED_AFTER, save=saved[name]))
+        launches.run(cells)
+    table: dict[str, dict[str, str]] = {}
+    for world, names in ((1, ("single",)), (2, PORTABLE), (4, ("fsdp2-tp",))):
+        cells = [launches.cell(name, "pretrain", world, resume=path) for name in names for path in saved.values()]
+        results = launches.run(cells)
+        for cell in cells:
+            result = results[cell["name"]]
+            assert len(result["losses"]) == STEPS - SAVED_AFTER, cell
+            loss, weights = difference(result, expected)
+            assert loss <= LOSS, cell
+            assert weights <= WEIGHTS, cell
+            source = Path(cell["resume"]).stem.removeprefix("saved-")
+            table.setdefault(source, {})[cell["strategy"]] = f"{loss:.0e}"
+    check_table("resumed", table)
+
+
+def check_table(title: str, table: dict[str, dict[str, str]]) -> None:
+    """The README's table of this title has these rows and columns; its numbers are of the run that wrote it."""
+    columns = sorted({column for row in table.values() for column in row}, key=str)
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(row.get(c, '') for c in columns)} |" for name, row in table.items()]
+    begin, end = f"<!-- {title} -->\n", f"<!-- end {title} -->\n"
+    text = README.read_text(encoding="utf-8")
+    head, rest = text.split(begin)
+    before, tail = rest.split(end)
+    if os.environ.get("LITRECIPES_TABLE"):
+        README.write_text(head + begin + "\n".join(lines) + "\n" + end + tail, encoding="utf-8")
+        return
+    shape = [[cell == "refused" or bool(cell.strip()) for cell in line.split("|")] for line in lines]
+    assert shape == [
+        [cell == "refused" or bool(cell.strip()) for cell in line.split("|")] for line in before.splitlines()
+    ]
+    assert [line.split("|")[1] for line in lines] == [line.split("|")[1] for line in before.splitlines()]
+    assert before.splitlines()[0] == lines[0]
