@@ -186,9 +186,13 @@ class LLMModule(LightningModule):
     def _add_sums(self, output: ObjectiveOutput, batch: Any) -> None:
         parts = {f"{name}|{term.count}": term.sum.detach() for name, term in output.terms.items()}
         parts |= {f"{name}|{count}": value for name, (value, count) in output.metrics.items()}
-        parts["|tokens_seen"] = torch.tensor(float(batch.tokens()[1]), device=self.device)
+        parts["|tokens_seen"] = self._exact(batch.tokens()[1])
         for name, value in parts.items():
             self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+
+    def _exact(self, value: float | Tensor) -> Tensor:
+        """A number as a tensor. (Inside a step the default dtype is the precision's: bf16 would round 1001 to 1000.)"""
+        return torch.as_tensor(value, dtype=torch.float64, device=self.device)
 
     def _log_window(self) -> None:
         """One reduction a step: the window's means over all ranks, and the tokens seen."""
@@ -198,7 +202,8 @@ class LLMModule(LightningModule):
         self._tokens_seen = self._tokens_seen + totals.pop("|tokens_seen")  # stays on the device: no wait for it
         values = {key.split("|")[0]: value / self._window[key.split("|")[1]] for key, value in totals.items()}
         self.log_dict({f"train/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
-        self.log("lr", self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"], on_step=True, on_epoch=False)  # type: ignore[union-attr]
+        rate = self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
+        self.log("lr", self._exact(rate), on_step=True, on_epoch=False)
         self.log("tokens_seen", self._tokens_seen, on_step=True, on_epoch=False)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -244,7 +249,7 @@ class LLMModule(LightningModule):
         sums = self._validation.setdefault(stage, {})
         parts = {f"{name}|{t.count}|{t.weight}": t.sum for name, t in output.terms.items()}
         parts |= {f"{name}|{count}|0": value for name, (value, count) in output.metrics.items()}
-        parts |= {f"|{n}|count": torch.tensor(value, device=self.device) for n, value in batch.counts().items()}
+        parts |= {f"|{n}|count": self._exact(value) for n, value in batch.counts().items()}
         for name, value in parts.items():
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.double()
 

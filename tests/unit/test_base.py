@@ -175,3 +175,28 @@ def test_gradients_do_not_live_beside_the_next_forward_pass(rows: Path) -> None:
 
     trainer(callbacks=[Look()]).fit(module(), datamodule=data(rows))
     assert alive == [False, True] * 3  # within a window of two micro-batches they must
+
+
+def test_numbers_are_exact_under_bf16_true(rows: Path) -> None:
+    seen: list[int] = []
+
+    class Count(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(batch.tokens()[1])
+
+    rows.write_text("".join(json.dumps({"text": "ab " * (9 + i % 10) + str(i)}) + "\n" for i in range(80)))
+    record, model, source = Record(), module(), data(rows, batch_size=9, validation_fraction=0.5)
+    fitted = trainer(precision="bf16-true", accumulate_grad_batches=1, callbacks=[Count(), record])
+    fitted.fit(model, datamodule=source)
+    assert any(count % 2 for count in seen if count > 256)  # bf16 has no odd number above 256
+    assert model.tokens_seen == sum(seen)
+    assert record.logged[0]["lr"] == pytest.approx(1e-3, rel=1e-6)
+
+    measurer = trainer(precision="bf16-true")
+    [measured] = measurer.validate(model, datamodule=source, verbose=False)
+    total, count = 0.0, 0.0
+    with torch.no_grad(), measurer.precision_plugin.forward_context():
+        for batch in source.val_dataloader():
+            total += model.objective_step(batch).terms["loss"].sum.item()
+            count += batch.counts()["tokens"]
+    assert measured["val/loss"] == pytest.approx(total / count, rel=1e-5)
