@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from llm_modules.batch import CountedBatch, ObjectiveOutput
 from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
-from llm_modules.optimizers import parameter_groups
+from llm_modules.optimizers import Settings, apply_changes, group_settings, parameter_groups
 from llm_modules.schedules import RunSchedule
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone, CausalLM, describe_difference
@@ -67,6 +68,8 @@ class LLMModule(LightningModule):
         self.flops_per_token: float | None = None
         self.gradient_norm: Tensor | None = None
         self._tokenizer: Any = None
+        self._settings: Settings = []
+        self._earlier_settings: Settings | None = None
         self._window: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._validation: dict[str, dict[str, Tensor]] = {}
@@ -108,6 +111,7 @@ class LLMModule(LightningModule):
         if not groups:
             raise ValueError("model: no parameter is trainable; unfreeze some, or use `recipes validate`")
         optimizer = self.optimizer_factory(groups)
+        self._settings = group_settings(optimizer)
         if self.schedule_factory is None:
             return optimizer
         schedule = self.schedule_factory(optimizer)
@@ -132,6 +136,17 @@ class LLMModule(LightningModule):
                 "schedule: the run has no length; set trainer.max_steps or trainer.max_epochs, or schedule.total_steps"
             )
         return steps
+
+    def on_train_start(self) -> None:
+        """A resumed run goes by the config: of the optimizer's settings, the checkpoint brought those of its own."""
+        earlier, self._earlier_settings = self._earlier_settings, None
+        if earlier is None:
+            return
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        for line in apply_changes(optimizer, earlier, self._settings, schedules[0] if schedules else None):
+            if self.trainer.is_global_zero:
+                print(f"model.optimizer: {line}", file=sys.stderr)
 
     # --- one optimizer step
 
@@ -285,6 +300,7 @@ class LLMModule(LightningModule):
             "chat_template": self.tokenizer.chat_template,
             "sequence_length": self.sequence_length,
             "tokens_seen": self.tokens_seen,
+            "optimizer": self._settings,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -297,6 +313,7 @@ class LLMModule(LightningModule):
         if difference := describe_difference(saved["backbone"], self.model.description()):
             raise ValueError(f"ckpt_path: a checkpoint of another model: {difference}")
         self._tokens_seen = saved["tokens_seen"]
+        self._earlier_settings = saved.get("optimizer")
 
     def export(self, folder: str | Path, info: dict[str, Any] | None = None) -> None:
         """Writes an ordinary Hugging Face folder: weights, tokenizer, chat template, generation config, model card.

@@ -200,3 +200,34 @@ def test_numbers_are_exact_under_bf16_true(rows: Path) -> None:
             total += model.objective_step(batch).terms["loss"].sum.item()
             count += batch.counts()["tokens"]
     assert measured["val/loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_resumed_run_takes_the_optimizers_settings_from_the_config(
+    rows: Path, tmp_path: Path, scheduled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(**settings: float) -> LanguageModelModule:
+        schedule = (lambda optimizer: WarmupCosine(optimizer, total_steps=8)) if scheduled else None
+        return module(optimizer=lambda groups: torch.optim.AdamW(groups, **settings), schedule=schedule)
+
+    def resumed(**settings: float) -> tuple[dict[str, Any], float]:
+        record = Record()
+        second = trainer(max_steps=3, callbacks=[record])
+        second.fit(made(**settings), datamodule=data(rows), ckpt_path=tmp_path / "two.ckpt")
+        return {group["kind"]: group["weight_decay"] for group in second.optimizers[0].param_groups}, record.logged[1][
+            "lr"
+        ]
+
+    first = trainer(max_steps=2)
+    first.fit(made(lr=0.1, weight_decay=0.5), datamodule=data(rows))
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    factor = first.lr_scheduler_configs[0].scheduler.factor(2) if scheduled else 1.0
+    capsys.readouterr()
+    decays, rate = resumed(lr=0.1, weight_decay=0.5)
+    assert (decays, rate) == ({"matrix": 0.5, "embedding": 0.5, "vector": 0.0}, pytest.approx(0.1 * factor))
+    assert "model.optimizer" not in capsys.readouterr().err
+    decays, rate = resumed(lr=0.01, weight_decay=0.25)
+    assert (decays, rate) == ({"matrix": 0.25, "embedding": 0.25, "vector": 0.0}, pytest.approx(0.01 * factor))
+    said = capsys.readouterr().err
+    assert "model.optimizer: lr is 0.01 from here on, and was 0.1 up to the checkpoint\n" in said
+    assert "model.optimizer: weight_decay is 0.25 from here on" in said
