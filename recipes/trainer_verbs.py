@@ -57,6 +57,8 @@ def run(verb: str, words: Sequence[str]) -> int:
                 check_before_training(cli, verbose=cli.trainer.is_global_zero, full=command.dry_run)
         if command.dry_run:
             return 0
+    if verb != "fit" and checkpoint is None and cli.trainer.is_global_zero:
+        _say_if_untrained(cli, verb)
     if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's trial: a few batches, nothing is written
         _work(command, cli, checkpoint)
         return 0
@@ -92,6 +94,17 @@ def find_checkpoint(command: Command, composed: Composed) -> tuple[RunFolder | N
     if not path.exists():
         raise UserError(f"--ckpt_path {which}: no such file; `last` continues the newest run that was not finished")
     return None, path
+
+
+def _say_if_untrained(cli: RecipeCLI, verb: str) -> None:
+    """Numbers of random weights look like any others."""
+    backbone = getattr(cli.model, "backbone", None)
+    if backbone is not None and not backbone.pretrained:
+        print(
+            f"recipes: no --ckpt_path, so this is a model of random weights; recipes {verb} ... --ckpt_path best takes "
+            "those of the newest run",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

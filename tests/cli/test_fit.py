@@ -185,7 +185,7 @@ def test_show_builds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
-def test_validate_predict_and_test_of_a_run(folder: Path) -> None:
+def test_validate_predict_and_test_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--trainer.logger", "null") == 0
     run = folder / "runs/tiny/0"
     for verb in ("validate", "test"):
@@ -198,7 +198,9 @@ def test_validate_predict_and_test_of_a_run(folder: Path) -> None:
     assert rows
     assert {"prompt", "completion"} <= rows[0].keys()
     assert [path.name for path in (folder / "runs/tiny").iterdir()] == ["0"]
+    assert "random weights" not in capsys.readouterr().err
     assert main(["validate", "-c", "tiny"]) == 0  # of the untrained model: nothing to write
+    assert "no --ckpt_path, so this is a model of random weights" in capsys.readouterr().err
     assert [path.name for path in (folder / "runs/tiny").iterdir()] == ["0"]
 
 
