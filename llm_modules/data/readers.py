@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llm_modules.data.sources import Source
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_file(file: Path, kind: str, document_separator: str | None) -> Iterator[Row]:
@@ -64,18 +65,28 @@ def _jsonl(file: Path) -> Iterator[Row]:
                 value = json.loads(_decoded(file, line, start))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}:{number}: no JSON: {error.msg} at column {error.colno}") from error
-            yield _object(file, number, value)
+            yield _object(file, number, value, surrogates=_SURROGATE.search(line) is not None)
 
 
-def _object(file: Path, number: int, value: Any) -> Row:
+def _object(file: Path, number: int, value: Any, surrogates: bool) -> Row:
+    """A row of JSON; ``surrogates``: whether escapes stand in it of which two make a character, and one makes none."""
     if not isinstance(value, dict):
         raise ValueError(f"{file}:{number}: a row must be a JSON object, not {type(value).__name__}")
+    if surrogates:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{file}:{number}: half a surrogate pair (\\ud800 to \\udfff), which is no character, as where a text "
+                "was cut in the middle of an emoji; take it out"
+            ) from error
     return Row(value, str(file), number)
 
 
 def _json(file: Path) -> Iterator[Row]:
+    data = file.read_bytes().removeprefix(BYTE_ORDER_MARK)
     try:
-        value = json.loads(_decoded(file, file.read_bytes().removeprefix(BYTE_ORDER_MARK)))
+        value = json.loads(_decoded(file, data))
     except json.JSONDecodeError as error:
         hint = "; is it JSON Lines? Then name it .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"{file}:{error.lineno}: no JSON: {error.msg} at column {error.colno}{hint}") from error
@@ -88,8 +99,9 @@ def _json(file: Path) -> Iterator[Row]:
         value = value[lists[0]]
     if not isinstance(value, list):
         raise ValueError(f"{file}: a list of objects is needed, not {type(value).__name__}")
+    surrogates = _SURROGATE.search(data) is not None
     for number, row in enumerate(value, 1):
-        yield _object(file, number, row)
+        yield _object(file, number, row, surrogates)
 
 
 def _csv(file: Path) -> Iterator[Row]:

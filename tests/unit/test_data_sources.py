@@ -91,6 +91,8 @@ def test_a_missing_column_names_those_there_are(tmp_path):
         ("a.jsonl", "\n\n", "there are no rows in it"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "\xe9"}\n', "a.jsonl: not UTF-8: byte 0xe9 at offset 26"),
         ("a.json", '{"text": "one"}\n{"text": "two"}', "a.json:2: no JSON: Extra data at column 1; is it JSON Lines?"),
+        ("a.jsonl", '{"text": "\\ud83d\\ude00"}\n{"text": "\\uD83D"}', "a.jsonl:2: half a surrogate pair"),
+        ("a.json", '[{"text": "\\ud83d\\ude00"}, {"a": [{"\\ude00": 1}]}]', "a.json:2: half a surrogate pair"),
         ("a.json", "[1]", "a.json:1: a row must be a JSON object, not int"),
         ("a.json", '{"a": 1}', "a list of objects, or an object with one list in it, is needed"),
         ("a.json", '"a"', "a list of objects is needed, not str"),
