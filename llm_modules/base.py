@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from llm_modules.batch import CountedBatch, ObjectiveOutput
 from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
-from llm_modules.optimizers import Settings, apply_changes, group_settings, parameter_groups
+from llm_modules.optimizers import apply_changes, class_name, group_settings, parameter_groups
 from llm_modules.schedules import RunSchedule
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone, CausalLM, describe_difference
@@ -68,8 +68,8 @@ class LLMModule(LightningModule):
         self.flops_per_token: float | None = None
         self.gradient_norm: Tensor | None = None
         self._tokenizer: Any = None
-        self._settings: Settings = []
-        self._earlier_settings: Settings | None = None
+        self._optimizer: dict[str, Any] = {}
+        self._earlier_optimizer: dict[str, Any] | None = None
         self._window: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._validation: dict[str, dict[str, Tensor]] = {}
@@ -111,7 +111,12 @@ class LLMModule(LightningModule):
         if not groups:
             raise ValueError("model: no parameter is trainable; unfreeze some, or use `recipes validate`")
         optimizer = self.optimizer_factory(groups)
-        self._settings = group_settings(optimizer)
+        self._optimizer = {"class": class_name(optimizer), "groups": group_settings(optimizer)}
+        if self._earlier_optimizer is not None and self._earlier_optimizer["class"] != self._optimizer["class"]:
+            raise ValueError(
+                f"ckpt_path: made with the optimizer {self._earlier_optimizer['class']}, whose state is of no use to "
+                f"{self._optimizer['class']}; resume with the same one, or export the model and begin a new run from it"
+            )
         if self.schedule_factory is None:
             return optimizer
         schedule = self.schedule_factory(optimizer)
@@ -139,12 +144,14 @@ class LLMModule(LightningModule):
 
     def on_train_start(self) -> None:
         """A resumed run goes by the config: of the optimizer's settings, the checkpoint brought those of its own."""
-        earlier, self._earlier_settings = self._earlier_settings, None
+        earlier, self._earlier_optimizer = self._earlier_optimizer, None
         if earlier is None:
             return
         schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        for line in apply_changes(optimizer, earlier, self._settings, schedules[0] if schedules else None):
+        for line in apply_changes(
+            optimizer, earlier["groups"], self._optimizer["groups"], schedules[0] if schedules else None
+        ):
             if self.trainer.is_global_zero:
                 print(f"model.optimizer: {line}", file=sys.stderr)
 
@@ -300,7 +307,7 @@ class LLMModule(LightningModule):
             "chat_template": self.tokenizer.chat_template,
             "sequence_length": self.sequence_length,
             "tokens_seen": self.tokens_seen,
-            "optimizer": self._settings,
+            "optimizer": self._optimizer,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -313,7 +320,8 @@ class LLMModule(LightningModule):
         if difference := describe_difference(saved["backbone"], self.model.description()):
             raise ValueError(f"ckpt_path: a checkpoint of another model: {difference}")
         self._tokens_seen = saved["tokens_seen"]
-        self._earlier_settings = saved.get("optimizer")
+        if self.trainer.state.fn == "fit":
+            self._earlier_optimizer = saved.get("optimizer")
 
     def export(self, folder: str | Path, info: dict[str, Any] | None = None) -> None:
         """Writes an ordinary Hugging Face folder: weights, tokenizer, chat template, generation config, model card.

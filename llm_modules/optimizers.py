@@ -41,6 +41,12 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+def class_name(optimizer: Optimizer) -> str:
+    """Module and name; torch's without their module, which is another one in some of its releases."""
+    kind = type(optimizer)
+    return kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def group_settings(optimizer: Optimizer) -> Settings:
     """The settings of an optimizer's groups that are plain values, as they are before the first step."""
     plain = (bool, int, float, str, tuple, list, type(None))

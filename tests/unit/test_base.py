@@ -231,3 +231,13 @@ def test_a_resumed_run_takes_the_optimizers_settings_from_the_config(
     said = capsys.readouterr().err
     assert "model.optimizer: lr is 0.01 from here on, and was 0.1 up to the checkpoint\n" in said
     assert "model.optimizer: weight_decay is 0.25 from here on" in said
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(rows: Path, tmp_path: Path) -> None:
+    first = trainer(max_steps=1)
+    first.fit(module(), datamodule=data(rows))
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    other = module(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+    with pytest.raises(ValueError, match=r"ckpt_path: made with the optimizer AdamW, whose .* no use to SGD; resume"):
+        trainer().fit(other, datamodule=data(rows), ckpt_path=tmp_path / "one.ckpt")
+    trainer().validate(other, datamodule=data(rows), ckpt_path=tmp_path / "one.ckpt", verbose=False)
