@@ -130,6 +130,27 @@ class TestResume:
         assert len(metrics(folder / "runs/tiny/0")) == 3
         assert len(metrics(folder / "runs/tiny/1")) == 2
 
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("sequence_length", "16", "belongs to other data"),
+            ("model.optimizer", "torch.optim.SGD", "made with the optimizer AdamW"),
+            ("model.backbone.config.hidden_size", "32", "another model"),
+        ],
+    )
+    def test_a_resume_that_is_refused_changes_nothing(
+        self, folder: Path, key: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert fit("--trainer.logger", "null", "--trainer.max_steps", "2") == 0
+
+        def files() -> dict[Path, bytes]:
+            return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.match("tensorboard/*")}
+
+        before = files()
+        assert fit("--trainer.logger", "null", "--run", "0", "--trainer.max_steps", "4", f"--{key}", value) == 2
+        assert message in capsys.readouterr().err
+        assert files() == before
+
     def test_a_run_stopped_by_a_signal_is_unfinished(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         def interrupt() -> None:
             deadline = time.monotonic() + 60
