@@ -137,14 +137,14 @@ def _folder(
             print(f"continuing {display(owned.path)} from {checkpoint.name}", file=sys.stderr)
     elif resumed is None:
         print(f"run: {display(owned.path)}", file=sys.stderr)
-    if command.verb == "fit" or resumed is None:
-        write_config(owned, cli.config_text())
-        write_environment(owned, command.words, cli.composed.values)
-    if command.verb != "fit" and resumed is None:
-        owned.mark_finished()  # it will never be one to continue
-    tell_folder(owned.path)
-    cli.use_folder(owned.path, owned)
     try:
+        if command.verb == "fit" or resumed is None:
+            write_config(owned, cli.config_text())
+            write_environment(owned, command.words, cli.composed.values)
+        if command.verb != "fit" and resumed is None:
+            owned.mark_finished()  # it will never be one to continue
+        tell_folder(owned.path)
+        cli.use_folder(owned.path, owned)
         yield owned
     except (Exception, KeyboardInterrupt) as error:
         mistake = isinstance(error, KeyboardInterrupt) or user_message(error) is not None
