@@ -133,9 +133,24 @@ def _parquet(file: Path) -> Iterator[Row]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield Row(row, str(file), number)
+                yield Row(_without_gaps(row), str(file), number)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: broken Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _without_gaps(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the empty fields inside of its columns.
+
+    Arrow gives every object of a column the keys of all: a call of ``f(a=1)`` comes back as ``f(a=1, b=None)`` because
+    another row has a ``b``, and would be trained so.
+    """
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cleaned(item) for name, item in value.items() if item is not None}
+        return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+    return {name: cleaned(value) for name, value in row.items()}
 
 
 def read_builtin(path: str, split: str) -> Iterator[Row]:
@@ -173,7 +188,7 @@ def _hub(source: Source) -> Any:
 def read_hub(source: Source) -> Iterator[Row]:
     """The rows of a split of a data set on the Hugging Face hub."""
     for number, row in enumerate(_hub(source), 1):
-        yield Row(dict(row), f"{source.path}[{source.split}]", number)
+        yield Row(_without_gaps(dict(row)), f"{source.path}[{source.split}]", number)
 
 
 def hub_version(source: Source) -> str:

@@ -46,6 +46,17 @@ def test_every_format_gives_the_same_rows(tmp_path):
         assert texts(Source(str(tmp_path / name))) == [row["text"] for row in ROWS], name
 
 
+def test_what_arrow_fills_in_is_no_data(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"calls": [{"name": "f", "arguments": {name: 1}}], "note": None} for name in "ab"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows)).path
+    found = [[row.columns for row in Source(name).rows()] for name in (str(tmp_path / "a.parquet"), path)]
+    assert found == [rows, rows]
+
+
 def test_byte_order_marks_are_no_text(tmp_path):
     assert texts(write(tmp_path / "a.txt", "\ufeffone")) == ["one"]
     assert texts(write(tmp_path / "a.jsonl", '\ufeff{"text": "one"}')) == ["one"]
