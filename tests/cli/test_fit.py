@@ -266,6 +266,30 @@ def test_default_callbacks_can_be_set_and_left_out(folder: Path) -> None:
     assert "throughput/tokens_per_second" not in metrics(run)[0]
 
 
+def test_a_model_card_tells_of_the_weights_that_leave(folder: Path) -> None:
+    """The run goes one step further than its last validation."""
+    import torch
+
+    for weights in ("last", "best"):
+        words = ("--trainer.callbacks", f"[{{class_path: callbacks.ExportFolder, init_args: {{weights: {weights}}}}}]")
+        assert fit("--trainer.max_steps", "5", "--leave_out", "[]", "--trainer.logger", "null", *words) == 0
+    last, best = ((folder / f"runs/tiny/{n}/export/README.md").read_text() for n in (0, 1))
+    seen = {
+        name: torch.load(folder / f"runs/tiny/1/checkpoints/{name}.ckpt", weights_only=True)["litrecipes"][
+            "tokens_seen"
+        ]
+        for name in ("last", "best")
+    }
+    assert seen["best"] < seen["last"]
+    assert f"- Tokens seen: {seen['last']:,}\n" in last
+    assert "| val/loss (at step 4) |" in last
+    assert "- Optimizer steps: 4\n" in best
+    assert f"- Tokens seen: {seen['best']:,}\n" in best
+    assert "| val/loss |" in best
+    assert main(["export", "runs/tiny/0", "out", "--which", "last"]) == 0
+    assert "| val/loss (at step 4) |" in (folder / "out/README.md").read_text()
+
+
 def test_a_bug_shows_a_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "buggy_of_a_test.py").write_text(
         "from llm_modules.objectives import NextToken\n\n\n"
