@@ -110,6 +110,9 @@ def _csv(file: Path) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     number = 0
     try:
+        names = list(reader.fieldnames or [])
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{file}: broken CSV: the header has {twice!r} twice; give each column a name of its own")
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 found = len(row.get(None) or []) + sum(

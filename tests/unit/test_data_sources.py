@@ -112,6 +112,7 @@ def test_a_missing_column_names_those_there_are(tmp_path):
         ("a.txt", b"caf\xe9", "a.txt: not UTF-8: byte 0xe9 at offset 3"),
         ("a.csv", "text,n\na,1\nb\n", "a.csv:2: broken CSV: row 2 (up to line 3) has 1 fields, the header has 2"),
         ("a.csv", "text,n\na,1,2\n", "a.csv:1: broken CSV: row 1 (up to line 2) has 3 fields, the header has 2"),
+        ("a.csv", "text,n,text\na,1,b\n", "a.csv: broken CSV: the header has 'text' twice"),
         ("a.csv", 'text,n\n"a"b,1\n', "a.csv:1: broken CSV in row 1: ',' expected after"),
         ("a.csv", "text,n\n", "there are no rows in it"),
         ("a.parquet", b"PAR1 no", "a.parquet: broken Parquet: "),
