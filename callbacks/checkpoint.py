@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +91,7 @@ class StepCheckpoint(ModelCheckpoint):
             )
         if resumed:
             self._last_global_step_saved = trainer.global_step
+            self._set_aside(trainer)
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsCSV):
                     logger.resume(trainer.global_step)
@@ -166,6 +168,7 @@ class StepCheckpoint(ModelCheckpoint):
         self._save_checkpoint(trainer, path)
         if trainer.is_global_zero:
             _link(self.last_model_path, path)
+            _set_aside_name(Path(path)).unlink(missing_ok=True)
             if self.best_k_models:
                 _link(os.path.join(self.dirpath, "best.ckpt"), self.best_model_path)
             self._remove_old(trainer)
@@ -212,6 +215,25 @@ class StepCheckpoint(ModelCheckpoint):
         for path in past[: -self.keep_last]:
             if str(path) not in self.best_k_models:
                 trainer.strategy.remove_checkpoint(path)
+
+    def _set_aside(self, trainer: pl.Trainer) -> None:
+        """Rename the checkpoints of later steps than the one that the run goes on from (``--ckpt_path best``).
+
+        They are of a course that was left: resuming, exporting or averaging must not take them for this run's newest.
+        One goes when the run comes to its step and writes it again.
+        """
+        later = [path for path in self.complete_checkpoints() if _step_of(path) > trainer.global_step]
+        if not later or not trainer.is_global_zero:
+            return
+        for path in later:
+            path.rename(_set_aside_name(path))
+        present = os.path.join(str(self.dirpath), f"step-{trainer.global_step:08d}.ckpt")
+        for name, target in (("last.ckpt", present), ("best.ckpt", self.best_model_path)):
+            link = os.path.join(str(self.dirpath), name)
+            if os.path.islink(link) and not os.path.exists(link):
+                _link(link, target) if os.path.exists(target) else os.unlink(link)
+        names = ", ".join(path.name for path in later)
+        print(f"checkpoint: {names}: of later steps than {trainer.global_step}; kept as left-step-*", file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
         """Names and plain numbers, so that the folder may be moved and the state loads with ``weights_only=True``."""
@@ -299,6 +321,10 @@ def _link(link: str, target: str) -> None:
         os.unlink(temporary)
     os.symlink(os.path.basename(target), temporary)
     os.replace(temporary, link)
+
+
+def _set_aside_name(path: Path) -> Path:
+    return path.with_name(f"left-{path.name}")
 
 
 def _step_of(path: Path) -> int:

@@ -41,6 +41,7 @@ class ExportFolder(Callback):
         self.weights = weights
         self.average = average
         self.folder = folder
+        self._validated = -1  # the step of the last validation
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         checkpoint = trainer.checkpoint_callback
@@ -56,20 +57,30 @@ class ExportFolder(Callback):
                 f"{checkpoint.keep_last}; set it to {self.average}"
             )
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated = trainer.global_step
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         run = run_folder(trainer)
-        step = trainer.global_step
+        step, seen = trainer.global_step, {}
         if self.weights != "last":
             paths = self._paths(trainer)
             step = int(paths[-1].stem.rpartition("-")[2])
+            seen = _tokens_seen(paths[-1])
             pl_module.load_state_dict(mean_of_checkpoints(paths))
         if trainer.is_global_zero:
             target = run / self.folder
             temporary = target.with_name(f".{target.name}-partial")
             shutil.rmtree(temporary, ignore_errors=True)
-            info = {**describe_run(run), "step": step, "weights": self.weights, "metrics": self._metrics(trainer)}
+            info = {
+                **describe_run(run),
+                "step": step,
+                "weights": self.weights,
+                "metrics": self._metrics(trainer),
+                **seen,
+            }
             module: Any = pl_module
             module.export(temporary, info)
             if target.exists():
@@ -81,7 +92,9 @@ class ExportFolder(Callback):
         """What was measured of the weights that leave; of a mean, nothing was."""
         checkpoint = trainer.checkpoint_callback
         if self.weights == "last":
-            return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            at = "" if self._validated == trainer.global_step else f" (at step {self._validated:,})"
+            values = trainer.callback_metrics.items()
+            return {f"{name}{at}": float(value) for name, value in values if name.startswith("val/")}
         if self.weights == "best":
             assert isinstance(checkpoint, StepCheckpoint)
             return {str(checkpoint.monitor): float(checkpoint.best_model_score)}  # type: ignore[arg-type]
@@ -104,6 +117,12 @@ class ExportFolder(Callback):
                 "lower checkpoint.every_n_steps"
             )
         return paths[-self.average :]
+
+
+def _tokens_seen(path: Path) -> dict[str, int]:
+    """What a module of ours notes in its checkpoints: the run's own count is that of its end."""
+    about = AtomicCheckpointIO(mmap_above_gib=0.0).load_checkpoint(path).get("litrecipes", {})
+    return {"tokens_seen": about["tokens_seen"]} if "tokens_seen" in about else {}
 
 
 def mean_of_checkpoints(paths: list[Path]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -47,5 +48,9 @@ class RunReport(Callback):
     def _write(self, trainer: pl.Trainer, status: str) -> None:
         folder = self._folder
         if trainer.is_global_zero and folder is not None and (folder / "metrics.csv").exists():
-            write_whole(folder / self.FILE_NAME, render([read_run(folder, status=status)]))
             self._written = time.monotonic()
+            try:
+                write_whole(folder / self.FILE_NAME, render([read_run(folder, status=status)]))
+            except OSError as error:
+                # Not worth a run; and what had ended one (a full disk, mostly) would no longer be what is said.
+                print(f"{folder / self.FILE_NAME}: cannot be written: {error.strerror}", file=sys.stderr)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from llm_modules.batch import CountedBatch, ObjectiveOutput
 from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
-from llm_modules.optimizers import parameter_groups, parameter_kinds
+from llm_modules.optimizers import apply_changes, class_name, group_settings, parameter_groups, parameter_kinds
 from llm_modules.schedules import RunSchedule
 from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm
 from llm_modules.tokenizer import load_tokenizer
@@ -69,6 +70,8 @@ class LLMModule(LightningModule):
         self.gradient_norm: Tensor | None = None
         self._tokenizer: Any = None
         self._kinds: dict[str, str] = {}
+        self._optimizer: dict[str, Any] = {}
+        self._earlier_optimizer: dict[str, Any] | None = None
         self._window: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._validation: dict[str, dict[str, Tensor]] = {}
@@ -129,6 +132,12 @@ class LLMModule(LightningModule):
             raise ValueError("model: no parameter is trainable; unfreeze some, or use `recipes validate`")
         optimizer = self.optimizer_factory(groups)
         allow_mixed_layouts(optimizer)
+        self._optimizer = {"class": class_name(optimizer), "groups": group_settings(optimizer)}
+        if self._earlier_optimizer is not None and self._earlier_optimizer["class"] != self._optimizer["class"]:
+            raise ValueError(
+                f"ckpt_path: made with the optimizer {self._earlier_optimizer['class']}, whose state is of no use to "
+                f"{self._optimizer['class']}; resume with the same one, or export the model and begin a new run from it"
+            )
         if self.schedule_factory is None:
             return optimizer
         schedule = self.schedule_factory(optimizer)
@@ -153,6 +162,19 @@ class LLMModule(LightningModule):
                 "schedule: the run has no length; set trainer.max_steps or trainer.max_epochs, or schedule.total_steps"
             )
         return steps
+
+    def on_train_start(self) -> None:
+        """A resumed run goes by the config: of the optimizer's settings, the checkpoint brought those of its own."""
+        earlier, self._earlier_optimizer = self._earlier_optimizer, None
+        if earlier is None:
+            return
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        for line in apply_changes(
+            optimizer, earlier["groups"], self._optimizer["groups"], schedules[0] if schedules else None
+        ):
+            if self.trainer.is_global_zero:
+                print(f"model.optimizer: {line}", file=sys.stderr)
 
     # --- one optimizer step
 
@@ -216,9 +238,13 @@ class LLMModule(LightningModule):
     def _add_sums(self, output: ObjectiveOutput, batch: Any) -> None:
         parts = {f"{name}|{term.count}": term.sum.detach() for name, term in output.terms.items()}
         parts |= {f"{name}|{count}": value for name, (value, count) in output.metrics.items()}
-        parts["|tokens_seen"] = torch.tensor(float(batch.tokens()[1]), device=self.device)
+        parts["|tokens_seen"] = self._exact(batch.tokens()[1])
         for name, value in parts.items():
             self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+
+    def _exact(self, value: float | Tensor) -> Tensor:
+        """A number as a tensor. (Inside a step the default dtype is the precision's: bf16 would round 1001 to 1000.)"""
+        return torch.as_tensor(value, dtype=torch.float64, device=self.device)
 
     def _log_window(self) -> None:
         """One reduction a step: the window's means over all ranks, and the tokens seen."""
@@ -228,7 +254,8 @@ class LLMModule(LightningModule):
         self._tokens_seen = self._tokens_seen + totals.pop("|tokens_seen")  # stays on the device: no wait for it
         values = {key.split("|")[0]: value / self._window[key.split("|")[1]] for key, value in totals.items()}
         self.log_dict({f"train/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
-        self.log("lr", self.trainer.strategy.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
+        rate = self.trainer.strategy.optimizers[0].param_groups[0]["lr"]
+        self.log("lr", self._exact(rate), on_step=True, on_epoch=False)
         self.log("tokens_seen", self._tokens_seen, on_step=True, on_epoch=False)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -277,7 +304,7 @@ class LLMModule(LightningModule):
         sums = self._validation.setdefault(stage, {})
         parts = {f"{name}|{t.count}|{t.weight}": t.sum for name, t in output.terms.items()}
         parts |= {f"{name}|{count}|0": value for name, (value, count) in output.metrics.items()}
-        parts |= {f"|{n}|count": torch.tensor(value, device=self.device) for n, value in batch.counts().items()}
+        parts |= {f"|{n}|count": self._exact(value) for n, value in batch.counts().items()}
         for name, value in parts.items():
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.double()
 
@@ -313,6 +340,7 @@ class LLMModule(LightningModule):
             "chat_template": self.tokenizer.chat_template,
             "sequence_length": self.sequence_length,
             "tokens_seen": self.tokens_seen,
+            "optimizer": self._optimizer,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -325,6 +353,8 @@ class LLMModule(LightningModule):
         if difference := describe_difference(saved["backbone"], self.model.description()):
             raise ValueError(f"ckpt_path: a checkpoint of another model: {difference}")
         self._tokens_seen = saved["tokens_seen"]
+        if self.trainer.state.fn == "fit":
+            self._earlier_optimizer = saved.get("optimizer")
 
     def export(self, folder: str | Path, info: dict[str, Any] | None = None) -> None:
         """Writes an ordinary Hugging Face folder: weights, tokenizer, chat template, generation config, model card.

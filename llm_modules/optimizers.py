@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from llm_modules.schedules import RunSchedule
+
+Settings = list[dict[str, Any]]
+"""What a config says of each parameter group: learning rate, weight decay, ..."""
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, str]:
@@ -46,6 +52,49 @@ def parameter_groups(model: nn.Module, kinds: dict[str, str] | None = None) -> l
         for kind, parameters in groups.items()
         if parameters
     ]
+
+
+def class_name(optimizer: Optimizer) -> str:
+    """Module and name; torch's without their module, which is another one in some of its releases."""
+    kind = type(optimizer)
+    return kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def group_settings(optimizer: Optimizer) -> Settings:
+    """The settings of an optimizer's groups that are plain values, as they are before the first step."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return [
+        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
+
+
+def apply_changes(optimizer: Optimizer, before: Settings, now: Settings, schedule: LRScheduler | None) -> list[str]:
+    """Give a resumed optimizer, which has the checkpoint's settings, those that were changed since.
+
+    What was not changed stays as the checkpoint has it: some optimizers write into their groups as they go.
+
+    Args:
+        before: settings of the run that wrote the checkpoint.
+        now: settings of the present config.
+        schedule: what the learning rates come from; None: the config alone.
+
+    Returns:
+        what was changed, a line each.
+    """
+    lines = []
+    for group, old, new in zip(optimizer.param_groups, before, now, strict=True):
+        for name in [name for name in new if name in old and new[name] != old[name]]:
+            taken = name != "lr" or schedule is None or isinstance(schedule, RunSchedule)
+            if taken:
+                group[name] = new[name]
+                lines.append(f"{name} is {new[name]} from here on, and was {old[name]} up to the checkpoint")
+            else:
+                kind = type(schedule).__name__
+                lines.append(f"{name} goes on from the checkpoint's {old[name]}: {kind} keeps its own; not {new[name]}")
+    if isinstance(schedule, RunSchedule):
+        schedule.set_rates()  # whose length may have changed, too
+    return list(dict.fromkeys(lines))
 
 
 class MuonAdamW(Optimizer):

@@ -45,6 +45,10 @@ class RunSchedule(LRScheduler):
                 f"schedule.warmup: {self.warmup:g} steps are more than the run's {self.total_steps}; "
                 "allowed: a share below 1, or at most the run's steps"
             )
+        self.set_rates()
+
+    def set_rates(self) -> None:
+        """The groups' rates of the present step."""
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from types import TracebackType
 
 OUR_PACKAGES = ("recipes", "llm_modules", "callbacks")
+
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
@@ -28,7 +31,8 @@ def user_message(error: BaseException) -> str | None:
     """What to tell the user where the error is a mistake of theirs; None where it is a bug (a traceback is due).
 
     One rule: a ``ValueError`` raised by a line of our own packages is said to a user, and so is one of Lightning's
-    (the Trainer's arguments contradict one another, mostly). Whatever is raised deeper, in another library or in the
+    (the Trainer's arguments contradict one another, mostly). A disk that is full or read-only, and a folder that may
+    not be written, are the machine's, whoever meets them. Whatever is raised deeper, in another library or in the
     user's own code, is a bug of whoever wrote the line, and shows where it is.
     """
     if isinstance(error, UserError):
@@ -37,6 +41,8 @@ def user_message(error: BaseException) -> str | None:
         return one_line(error)
     if type(error) is ValueError and _raised_in(error.__traceback__, ("lightning",)):
         return one_line(error)
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if type(error).__name__ == "MisconfigurationException" and type(error).__module__.startswith("lightning"):
         return one_line(error)
     return None

@@ -286,16 +286,22 @@ def facts_of(checkpoint: dict[str, Any], path: Path, paths: list[Path]) -> dict[
 
 
 def metrics_at(path: Path, step: int) -> dict[str, float]:
-    """The last losses and perplexities logged up to a checkpoint's step. (A row's step is counted before its own.)"""
-    found: dict[str, float] = {}
+    """The last losses and perplexities logged up to a checkpoint's step. (A row's step is counted before its own.)
+
+    A validation's say of which step they are, where it is an earlier one.
+    """
+    found: dict[str, tuple[float, int]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if not (row.get("step") or "").isdigit() or int(row["step"]) >= step:
                 continue
             for name, value in row.items():
                 if name and name.startswith(("train/", "val/", "test/")) and value:
-                    found[name] = float(value)
-    return found
+                    found[name] = float(value), int(row["step"]) + 1
+    return {
+        name if at == step or name.startswith("train/") else f"{name} (at step {at:,})": value
+        for name, (value, at) in found.items()
+    }
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -74,10 +74,6 @@ class FileJob:
         for row in read_file(self.source, "jsonl", None):
             place = f"{display(self.source)}:{row.number}"
             prompt, reference = self._prompt(row.columns, place)
-            try:
-                digest(prompt)
-            except UnicodeEncodeError as error:
-                raise UserError(f"{place}: the prompt holds half a surrogate pair, which is no character") from error
             self.prompts.append(prompt)
             self.references.append(reference)
         if not self.prompts:

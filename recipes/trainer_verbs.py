@@ -15,7 +15,7 @@ from recipes.command_line import Command, parse_command
 from recipes.compose import Composed, compose
 from recipes.errors import UserError, user_message
 from recipes.ranks import first_on_each_machine, tell_folder, told_folder
-from recipes.run_folder import RunFolder, checkpoint_of, find_run, new_run, write_config, write_environment
+from recipes.run_folder import FINISHED, RunFolder, checkpoint_of, find_run, new_run, write_config, write_environment
 from recipes.yaml_tree import display
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def run(verb: str, words: Sequence[str]) -> int:
                 check_before_training(cli, verbose=cli.trainer.is_global_zero, full=command.dry_run)
         if command.dry_run:
             return 0
+    if verb != "fit" and checkpoint is None and cli.trainer.is_global_zero:
+        _say_if_untrained(cli, verb)
     if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's trial: a few batches, nothing is written
         _work(command, cli, checkpoint)
         return 0
@@ -94,6 +96,17 @@ def find_checkpoint(command: Command, composed: Composed) -> tuple[RunFolder | N
     return None, path
 
 
+def _say_if_untrained(cli: RecipeCLI, verb: str) -> None:
+    """Numbers of random weights look like any others."""
+    backbone = getattr(cli.model, "backbone", None)
+    if backbone is not None and not backbone.pretrained:
+        print(
+            f"recipes: no --ckpt_path, so this is a model of random weights; recipes {verb} ... --ckpt_path best takes "
+            "those of the newest run",
+            file=sys.stderr,
+        )
+
+
 @contextmanager
 def _folder(
     command: Command, cli: RecipeCLI, resumed: RunFolder | None, checkpoint: Path | None
@@ -112,8 +125,10 @@ def _folder(
     runs_dir = Path(cli.config.runs_dir)
     existed = [path for path in (runs_dir, *(runs_dir / cli.composed.name).parents) if path.exists()]
     owned = resumed or new_run(runs_dir, cli.composed.name)
+    notes: dict[Path, bytes] = {}
     if command.verb == "fit" and resumed is not None:
         owned.acquire()
+        notes = _notes(owned)
         owned.mark_unfinished()
         if checkpoint is None:
             owned.begin_again()
@@ -122,22 +137,40 @@ def _folder(
             print(f"continuing {display(owned.path)} from {checkpoint.name}", file=sys.stderr)
     elif resumed is None:
         print(f"run: {display(owned.path)}", file=sys.stderr)
-    if command.verb == "fit" or resumed is None:
-        write_config(owned, cli.config_text())
-        write_environment(owned, command.words, cli.composed.values)
-    if command.verb != "fit" and resumed is None:
-        owned.mark_finished()  # it will never be one to continue
-    tell_folder(owned.path)
-    cli.use_folder(owned.path, owned)
     try:
+        if command.verb == "fit" or resumed is None:
+            write_config(owned, cli.config_text())
+            write_environment(owned, command.words, cli.composed.values)
+        if command.verb != "fit" and resumed is None:
+            owned.mark_finished()  # it will never be one to continue
+        tell_folder(owned.path)
+        cli.use_folder(owned.path, owned)
         yield owned
     except (Exception, KeyboardInterrupt) as error:
         mistake = isinstance(error, KeyboardInterrupt) or user_message(error) is not None
         if resumed is None and mistake and not cli.began:
             _remove(owned, existed)
+        elif command.verb == "fit" and resumed is not None and not cli.began:
+            _put_back(owned, notes)
         raise
     finally:
         owned.release()
+
+
+def _notes(run: RunFolder) -> dict[Path, bytes]:
+    """What a run's folder says of it: small files that are written before it is known that it can go on."""
+    names = ("config.yaml", "config.*.yaml", "environment.json", "audit.json", "report.html", FINISHED)
+    return {path: path.read_bytes() for name in names for path in run.path.glob(name)}
+
+
+def _put_back(run: RunFolder, notes: dict[Path, bytes]) -> None:
+    """The run is what it was: a resume that never began has not changed it."""
+    for path in _notes(run).keys() - notes.keys():
+        path.unlink()
+    for path, content in notes.items():
+        temporary = path.with_name(f".{path.name}-partial")
+        temporary.write_bytes(content)
+        temporary.replace(path)
 
 
 def _remove(run: RunFolder, existed: list[Path]) -> None:

@@ -29,6 +29,7 @@ SYNONYMS = {
 }
 ANSWERS = ("response", "output", "answer", "completion")
 CONTEXTS = ("input", "context")
+SYSTEMS = ("system", "system_prompt")
 
 
 class Conversation:
@@ -75,7 +76,7 @@ def conversation(row: Row, chat_format: ChatFormat = "auto") -> Conversation:
         messages = _turns(row, "conversations", "from", "value")
     else:
         messages = _single(row, "instruction" if chat_format == "instruction" else "prompt")
-    system = columns.get("system") or columns.get("system_prompt")
+    system = next((columns[name] for name in _mapped_first(row, SYSTEMS) if columns.get(name)), None)
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _string(row, system, "system")})
     _check(row, messages)
@@ -89,19 +90,22 @@ def detect_format(row: Row) -> ChatFormat:
         ValueError: none of them; names the columns there are.
     """
     columns = row.columns
-    if isinstance(columns.get("messages"), list):
-        return "messages"
-    if isinstance(columns.get("conversations"), list):
-        turns = columns["conversations"]
-        return "messages" if turns and isinstance(turns[0], dict) and "role" in turns[0] else "sharegpt"
-    if "instruction" in columns and any(name in columns for name in ANSWERS):
-        return "instruction"
-    if "prompt" in columns and any(name in columns for name in ANSWERS):
-        return "prompt"
+    for name in _mapped_first(row, ("messages", "conversations", "instruction", "prompt")):
+        if name in ("messages", "conversations") and isinstance(columns.get(name), list):
+            turns = columns[name]
+            has_roles = turns and isinstance(turns[0], dict) and "role" in turns[0]
+            return "messages" if name == "messages" or has_roles else "sharegpt"
+        if name in ("instruction", "prompt") and name in columns and any(answer in columns for answer in ANSWERS):
+            return "instruction" if name == "instruction" else "prompt"
     raise ValueError(
         f"{row.origin}: no conversation in the columns {', '.join(map(str, columns)) or 'none'}; needed are messages, "
         "conversations, instruction and response, or prompt and completion (name them with `columns`)"
     )
+
+
+def _mapped_first(row: Row, names: tuple[str, ...]) -> list[str]:
+    """The names in their order, those that the source's ``columns`` gave before all others."""
+    return sorted(names, key=lambda name: name not in row.mapped)
 
 
 def _turns(row: Row, column: str, role_key: str, content_key: str) -> list[Message]:
@@ -140,7 +144,7 @@ def _string(row: Row, value: Any, name: str) -> str:
 
 def _single(row: Row, question: str) -> list[Message]:
     columns = row.columns
-    answer = next((name for name in ANSWERS if name in columns), None)
+    answer = next((name for name in _mapped_first(row, ANSWERS) if name in columns), None)
     if question not in columns or answer is None:
         raise ValueError(
             f"{row.origin}: no column {question if question not in columns else ' or '.join(ANSWERS)!r}; there are: "
@@ -150,7 +154,9 @@ def _single(row: Row, question: str) -> list[Message]:
         whole = Row({"messages": [*columns[question], *_as_list(row, columns[answer], answer)]}, row.file, row.number)
         return _turns(whole, "messages", "role", "content")
     asked = _string(row, columns[question], question)
-    context = next((columns[name] for name in CONTEXTS if columns.get(name)), "") if question == "instruction" else ""
+    context = ""
+    if question == "instruction":
+        context = next((columns[name] for name in _mapped_first(row, CONTEXTS) if columns.get(name)), "")
     if context:
         asked = f"{asked}\n\n{_string(row, context, 'input')}"
     return [

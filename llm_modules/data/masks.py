@@ -66,7 +66,26 @@ def marked_spans(tokenizer: PreTrainedTokenizerBase, conversation: Conversation)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise TemplateError(_refused(error)) from error
     (text,), (spans,) = rendered
-    return text, [(start, stop) for start, stop in spans if start < stop]
+    spans = [(start, stop) for start, stop in spans if start < stop]
+    _refuse_lost_calls(conversation, text, spans)
+    return text, spans
+
+
+def _refuse_lost_calls(conversation: Conversation, text: str, spans: list[tuple[int, int]]) -> None:
+    """A template that does not know tool calls leaves them out, and would train the turn to end without one.
+
+    Raises:
+        TemplateError: a called function is named in no turn of the assistant.
+    """
+    for number, message in enumerate(conversation.messages, 1):
+        for call in message.get("tool_calls") or []:
+            function = call.get("function") or call if isinstance(call, dict) else {}
+            name = function.get("name") if isinstance(function, dict) else None
+            if isinstance(name, str) and not any(name in text[start:stop] for start, stop in spans):
+                raise TemplateError(
+                    f"the chat template leaves out message {number}'s call of {name!r} (tool_calls); use one that "
+                    "writes tool calls, such as chatml"
+                )
 
 
 def _refused(error: Exception) -> str:
@@ -101,6 +120,7 @@ def assistant_spans(
         if not inside or (spans and start < spans[-1][1]) or (content and content[-64:] not in inside):
             raise TemplateError(f"the chat template does not show what message {k + 1} (assistant) is")
         spans.append((start, stop))
+    _refuse_lost_calls(conversation, whole, spans)
     return whole, spans
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llm_modules.data.sources import Source
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_file(file: Path, kind: str, document_separator: str | None) -> Iterator[Row]:
@@ -64,18 +65,28 @@ def _jsonl(file: Path) -> Iterator[Row]:
                 value = json.loads(_decoded(file, line, start))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}:{number}: no JSON: {error.msg} at column {error.colno}") from error
-            yield _object(file, number, value)
+            yield _object(file, number, value, surrogates=_SURROGATE.search(line) is not None)
 
 
-def _object(file: Path, number: int, value: Any) -> Row:
+def _object(file: Path, number: int, value: Any, surrogates: bool) -> Row:
+    """A row of JSON; ``surrogates``: whether escapes stand in it of which two make a character, and one makes none."""
     if not isinstance(value, dict):
         raise ValueError(f"{file}:{number}: a row must be a JSON object, not {type(value).__name__}")
+    if surrogates:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{file}:{number}: half a surrogate pair (\\ud800 to \\udfff), which is no character, as where a text "
+                "was cut in the middle of an emoji; take it out"
+            ) from error
     return Row(value, str(file), number)
 
 
 def _json(file: Path) -> Iterator[Row]:
+    data = file.read_bytes().removeprefix(BYTE_ORDER_MARK)
     try:
-        value = json.loads(_decoded(file, file.read_bytes().removeprefix(BYTE_ORDER_MARK)))
+        value = json.loads(_decoded(file, data))
     except json.JSONDecodeError as error:
         hint = "; is it JSON Lines? Then name it .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"{file}:{error.lineno}: no JSON: {error.msg} at column {error.colno}{hint}") from error
@@ -88,8 +99,9 @@ def _json(file: Path) -> Iterator[Row]:
         value = value[lists[0]]
     if not isinstance(value, list):
         raise ValueError(f"{file}: a list of objects is needed, not {type(value).__name__}")
+    surrogates = _SURROGATE.search(data) is not None
     for number, row in enumerate(value, 1):
-        yield _object(file, number, row)
+        yield _object(file, number, row, surrogates)
 
 
 def _csv(file: Path) -> Iterator[Row]:
@@ -98,6 +110,9 @@ def _csv(file: Path) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     number = 0
     try:
+        names = list(reader.fieldnames or [])
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{file}: broken CSV: the header has {twice!r} twice; give each column a name of its own")
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 found = len(row.get(None) or []) + sum(
@@ -121,9 +136,24 @@ def _parquet(file: Path) -> Iterator[Row]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield Row(row, str(file), number)
+                yield Row(_without_gaps(row), str(file), number)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: broken Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _without_gaps(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the empty fields inside of its columns.
+
+    Arrow gives every object of a column the keys of all: a call of ``f(a=1)`` comes back as ``f(a=1, b=None)`` because
+    another row has a ``b``, and would be trained so.
+    """
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cleaned(item) for name, item in value.items() if item is not None}
+        return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+    return {name: cleaned(value) for name, value in row.items()}
 
 
 def read_builtin(path: str, split: str) -> Iterator[Row]:
@@ -161,7 +191,7 @@ def _hub(source: Source) -> Any:
 def read_hub(source: Source) -> Iterator[Row]:
     """The rows of a split of a data set on the Hugging Face hub."""
     for number, row in enumerate(_hub(source), 1):
-        yield Row(dict(row), f"{source.path}[{source.split}]", number)
+        yield Row(_without_gaps(dict(row)), f"{source.path}[{source.split}]", number)
 
 
 def hub_version(source: Source) -> str:

@@ -17,8 +17,13 @@ def align_progress(trainer: Trainer, loader: WindowLoader) -> None:
     that was written inside of an accumulation window. Lightning would then step, validate and end the epoch at the
     wrong places.
     """
-    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    current = progress.current
     accumulate, total = loader.slicing.accumulate, loader.steps_in_epoch * loader.slicing.accumulate
+    # That of the whole run decides when to validate (check_val_every_n_epoch: null): windows end at its multiples.
+    excess = progress.total.ready % accumulate
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(progress.total, name, getattr(progress.total, name) - excess)
     if current.ready == 0:
         return
     done = loader.step * accumulate if loader.rows else total

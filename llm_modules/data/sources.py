@@ -28,11 +28,15 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
 class Row(NamedTuple):
-    """One row: its columns, the file it is in and its number there (line of a .jsonl; row or document otherwise)."""
+    """One row: its columns, the file it is in and its number there (line of a .jsonl; row or document otherwise).
+
+    ``mapped`` are the columns that the source's ``columns`` gave: they go before others that could be meant.
+    """
 
     columns: dict[str, Any]
     file: str
     number: int
+    mapped: frozenset[str] = frozenset()
 
     @property
     def origin(self) -> str:
@@ -164,7 +168,7 @@ class Source:
         taken = set(self.columns.values())
         renamed = {name: value for name, value in row.columns.items() if name not in taken}
         renamed |= {ours: _looked_up(row, theirs) for ours, theirs in self.columns.items()}
-        return row._replace(columns=renamed)
+        return row._replace(columns=renamed, mapped=frozenset(self.columns))
 
     def fingerprint(self) -> str:
         """A digest of what `rows` will give: of the files' bytes, never of their names' dates."""

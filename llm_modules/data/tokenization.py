@@ -155,7 +155,15 @@ def tokenize(source: Source, encoder: Encoder, cache_dir: Path, workers: int | N
         return TokenStore(folder)
     files: list[str] = []
     parts = _encoded(source, encoder, workers, files)
-    return write_store(folder, parts, vocabulary=len(encoder.tokenizer), files=files)
+    try:
+        return write_store(folder, parts, vocabulary=len(encoder.tokenizer), files=files)
+    except OSError as error:
+        if error.filename is not None and cache_dir not in Path(error.filename).parents:
+            raise  # of reading a source
+        reason = error.strerror or f"the disk is full, it seems ({error})"  # numpy says how much was written, not why
+        raise ValueError(
+            f"data.cache_dir: {cache_dir}: tokens cannot be written: {reason}; make room, or name another folder"
+        ) from error
 
 
 def _chunks(source: Source, files: list[str]) -> Iterator[tuple[list[Row], list[int]]]:

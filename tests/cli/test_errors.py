@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def test_a_value_error_of_ours_is_the_users() -> None:
 def test_a_value_error_of_the_trainer_is_the_users() -> None:
     error = caught(lambda: Trainer(barebones=True, log_every_n_steps=3, logger=False))
     assert "barebones" in (user_message(error) or "")
+
+
+def test_a_full_disk_is_no_bug_of_ours() -> None:
+    error = caught(lambda: raise_here(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/file")))
+    assert user_message(error) == "/a/file: No space left on device"
+    error = caught(lambda: raise_here(OSError(errno.EROFS, os.strerror(errno.EROFS))))
+    assert user_message(error) == "Read-only file system"
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,27 @@ class TestResume:
         assert len(metrics(folder / "runs/tiny/0")) == 3
         assert len(metrics(folder / "runs/tiny/1")) == 2
 
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("sequence_length", "16", "belongs to other data"),
+            ("model.optimizer", "torch.optim.SGD", "made with the optimizer AdamW"),
+            ("model.backbone.config.hidden_size", "32", "another model"),
+        ],
+    )
+    def test_a_resume_that_is_refused_changes_nothing(
+        self, folder: Path, key: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert fit("--trainer.logger", "null", "--trainer.max_steps", "2") == 0
+
+        def files() -> dict[Path, bytes]:
+            return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.match("tensorboard/*")}
+
+        before = files()
+        assert fit("--trainer.logger", "null", "--run", "0", "--trainer.max_steps", "4", f"--{key}", value) == 2
+        assert message in capsys.readouterr().err
+        assert files() == before
+
     def test_a_run_stopped_by_a_signal_is_unfinished(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         def interrupt() -> None:
             deadline = time.monotonic() + 60
@@ -185,7 +206,7 @@ def test_show_builds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
-def test_validate_predict_and_test_of_a_run(folder: Path) -> None:
+def test_validate_predict_and_test_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--trainer.logger", "null") == 0
     run = folder / "runs/tiny/0"
     for verb in ("validate", "test"):
@@ -198,7 +219,9 @@ def test_validate_predict_and_test_of_a_run(folder: Path) -> None:
     assert rows
     assert {"prompt", "completion"} <= rows[0].keys()
     assert [path.name for path in (folder / "runs/tiny").iterdir()] == ["0"]
+    assert "random weights" not in capsys.readouterr().err
     assert main(["validate", "-c", "tiny"]) == 0  # of the untrained model: nothing to write
+    assert "no --ckpt_path, so this is a model of random weights" in capsys.readouterr().err
     assert [path.name for path in (folder / "runs/tiny").iterdir()] == ["0"]
 
 
@@ -241,6 +264,30 @@ def test_default_callbacks_can_be_set_and_left_out(folder: Path) -> None:
     assert not (run / "export").exists()
     assert not (run / "audit.json").exists()
     assert "throughput/tokens_per_second" not in metrics(run)[0]
+
+
+def test_a_model_card_tells_of_the_weights_that_leave(folder: Path) -> None:
+    """The run goes one step further than its last validation."""
+    import torch
+
+    for weights in ("last", "best"):
+        words = ("--trainer.callbacks", f"[{{class_path: callbacks.ExportFolder, init_args: {{weights: {weights}}}}}]")
+        assert fit("--trainer.max_steps", "5", "--leave_out", "[]", "--trainer.logger", "null", *words) == 0
+    last, best = ((folder / f"runs/tiny/{n}/export/README.md").read_text() for n in (0, 1))
+    seen = {
+        name: torch.load(folder / f"runs/tiny/1/checkpoints/{name}.ckpt", weights_only=True)["litrecipes"][
+            "tokens_seen"
+        ]
+        for name in ("last", "best")
+    }
+    assert seen["best"] < seen["last"]
+    assert f"- Tokens seen: {seen['last']:,}\n" in last
+    assert "| val/loss (at step 4) |" in last
+    assert "- Optimizer steps: 4\n" in best
+    assert f"- Tokens seen: {seen['best']:,}\n" in best
+    assert "| val/loss |" in best
+    assert main(["export", "runs/tiny/0", "out", "--which", "last"]) == 0
+    assert "| val/loss (at step 4) |" in (folder / "out/README.md").read_text()
 
 
 def test_a_bug_shows_a_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,7 +232,7 @@ def assert_one_line(text, message):
         ),
         ('{"prompt": 3}\n', "in.jsonl:1: column prompt must hold text"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "the conversation starts with the assistant"),
-        ('{"prompt": "\\ud800"}\n', "in.jsonl:1: the prompt holds half a surrogate pair"),
+        ('{"prompt": "\\ud800"}\n', "in.jsonl:1: half a surrogate pair"),
         ("", "the file is empty"),
         ("\n\n", "the file is empty"),
     ],

@@ -83,3 +83,27 @@ def test_make_targets_are_there() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"\bmake ([a-z][a-z-]+)\b", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["pretrain", "sft"])
+def test_ones_own_small_data_train(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch of them is shorter than the recipe's val_check_interval."""
+    monkeypatch.chdir(tmp_path)
+    if recipe == "pretrain":
+        (tmp_path / "notes").mkdir()
+        for i in range(150):
+            (tmp_path / f"notes/{i}.txt").write_text(f"Note {i} is about the sea, {i} ships and a whale. " * 2)
+        source = "{path: notes/}"
+    else:
+        rows = "".join(
+            f"What is {i}?,It is the number {i} and nothing else that one could think of.\n" for i in range(99)
+        )
+        (tmp_path / "questions.csv").write_text("q,a\n" + rows)
+        source = "{path: questions.csv, columns: {instruction: q, response: a}}"
+    words = ["fit", "-c", f"{recipe}/quickstart", "--data.sources", f"[{source}]", "--trainer.max_steps", "6"]
+    words += ["--trainer.val_check_interval", "5", "--leave_out", "[ExportFolder]"]
+    assert main([*words, "--trainer.log_every_n_steps", "1"]) == 0
+    with (tmp_path / f"runs/{recipe}/quickstart/0/metrics.csv").open() as file:
+        rows_of = list(csv.DictReader(file))
+    assert [row["step"] for row in rows_of if row["val/loss"]] == ["4"]

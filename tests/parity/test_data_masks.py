@@ -211,6 +211,32 @@ def test_a_template_that_raises_names_the_row():
         ConversationEncoder(tokenizer)([Row({"messages": messages}, "chats.jsonl", 7)])
 
 
+CALLS = [
+    {"role": "user", "content": "How warm is it in Oslo?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}],
+    },
+    {"role": "tool", "content": "3 degrees"},
+    {"role": "assistant", "content": "It is 3 degrees."},
+]
+
+
+@pytest.mark.parametrize("template", [*sorted(TEMPLATES), "untagged"])
+def test_a_template_that_leaves_out_tool_calls_is_refused(template):
+    tokenizer = byte_tokenizer()
+    untagged = FOR + "{{- message.role + ': ' + message.content + '<|im_end|>' }}" + END
+    tokenizer.chat_template = TEMPLATES.get(template, untagged)
+    row = Row({"messages": CALLS}, "calls.jsonl", 7)
+    if template == "chatml":
+        found = ConversationEncoder(tokenizer)([row])
+        assert "get_weather" in tokenizer.decode(found.tokens[found.trained].tolist())
+        return
+    with pytest.raises(ValueError, match=r"^calls\.jsonl:7: the chat template leaves out message 2's .*get_weather"):
+        ConversationEncoder(tokenizer)([row])
+
+
 def test_train_on():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATES["chatml"]

@@ -175,3 +175,69 @@ def test_gradients_do_not_live_beside_the_next_forward_pass(rows: Path) -> None:
 
     trainer(callbacks=[Look()]).fit(module(), datamodule=data(rows))
     assert alive == [False, True] * 3  # within a window of two micro-batches they must
+
+
+def test_numbers_are_exact_under_bf16_true(rows: Path) -> None:
+    seen: list[int] = []
+
+    class Count(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(batch.tokens()[1])
+
+    rows.write_text("".join(json.dumps({"text": "ab " * (9 + i % 10) + str(i)}) + "\n" for i in range(80)))
+    record, model, source = Record(), module(), data(rows, batch_size=9, validation_fraction=0.5)
+    fitted = trainer(precision="bf16-true", accumulate_grad_batches=1, callbacks=[Count(), record])
+    fitted.fit(model, datamodule=source)
+    assert any(count % 2 for count in seen if count > 256)  # bf16 has no odd number above 256
+    assert model.tokens_seen == sum(seen)
+    assert record.logged[0]["lr"] == pytest.approx(1e-3, rel=1e-6)
+
+    measurer = trainer(precision="bf16-true")
+    [measured] = measurer.validate(model, datamodule=source, verbose=False)
+    total, count = 0.0, 0.0
+    with torch.no_grad(), measurer.precision_plugin.forward_context():
+        for batch in source.val_dataloader():
+            total += model.objective_step(batch).terms["loss"].sum.item()
+            count += batch.counts()["tokens"]
+    assert measured["val/loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_resumed_run_takes_the_optimizers_settings_from_the_config(
+    rows: Path, tmp_path: Path, scheduled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(**settings: float) -> LanguageModelModule:
+        schedule = (lambda optimizer: WarmupCosine(optimizer, total_steps=8)) if scheduled else None
+        return module(optimizer=lambda groups: torch.optim.AdamW(groups, **settings), schedule=schedule)
+
+    def resumed(**settings: float) -> tuple[dict[str, Any], float]:
+        record = Record()
+        second = trainer(max_steps=3, callbacks=[record])
+        second.fit(made(**settings), datamodule=data(rows), ckpt_path=tmp_path / "two.ckpt")
+        return {group["kind"]: group["weight_decay"] for group in second.optimizers[0].param_groups}, record.logged[1][
+            "lr"
+        ]
+
+    first = trainer(max_steps=2)
+    first.fit(made(lr=0.1, weight_decay=0.5), datamodule=data(rows))
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    factor = first.lr_scheduler_configs[0].scheduler.factor(2) if scheduled else 1.0
+    capsys.readouterr()
+    decays, rate = resumed(lr=0.1, weight_decay=0.5)
+    assert (decays, rate) == ({"matrix": 0.5, "embedding": 0.5, "vector": 0.0}, pytest.approx(0.1 * factor))
+    assert "model.optimizer" not in capsys.readouterr().err
+    decays, rate = resumed(lr=0.01, weight_decay=0.25)
+    assert (decays, rate) == ({"matrix": 0.25, "embedding": 0.25, "vector": 0.0}, pytest.approx(0.01 * factor))
+    said = capsys.readouterr().err
+    assert "model.optimizer: lr is 0.01 from here on, and was 0.1 up to the checkpoint\n" in said
+    assert "model.optimizer: weight_decay is 0.25 from here on" in said
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(rows: Path, tmp_path: Path) -> None:
+    first = trainer(max_steps=1)
+    first.fit(module(), datamodule=data(rows))
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    other = module(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+    with pytest.raises(ValueError, match=r"ckpt_path: made with the optimizer AdamW, whose .* no use to SGD; resume"):
+        trainer().fit(other, datamodule=data(rows), ckpt_path=tmp_path / "one.ckpt")
+    trainer().validate(other, datamodule=data(rows), ckpt_path=tmp_path / "one.ckpt", verbose=False)

@@ -178,6 +178,31 @@ def test_resume_at_every_step_is_exact(tmp_path: Path, stop: int) -> None:
     torch.testing.assert_close(weights(part), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
+def test_later_checkpoints_than_the_one_resumed_from_are_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else `last`, the export and the mean of the last checkpoints take those of the course that was left."""
+    settings: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 2}
+
+    def checkpoint() -> StepCheckpoint:
+        return StepCheckpoint(every_n_steps=2, keep_last=-1)
+
+    folder = tmp_path / "checkpoints"
+    make_trainer(tmp_path, checkpoint=checkpoint(), max_steps=6, **settings).fit(TinyModule())
+    (folder / "best.ckpt").unlink()
+    (folder / "best.ckpt").symlink_to("step-00000006.ckpt")
+    resumed = make_trainer(tmp_path, checkpoint=checkpoint(), max_steps=3, **settings)
+    resumed.fit(TinyModule(), ckpt_path=folder / "step-00000002.ckpt")
+    there = ["step-00000002.ckpt", "step-00000003.ckpt"]
+    assert names(tmp_path) == ["best.ckpt", "last.ckpt", "left-step-00000004.ckpt", "left-step-00000006.ckpt", *there]
+    assert os.readlink(folder / "last.ckpt") == "step-00000003.ckpt"
+    assert os.readlink(folder / "best.ckpt") == "step-00000002.ckpt"
+    assert [path.name for path in resumed.checkpoint_callback.complete_checkpoints()] == there
+    assert "step-00000004.ckpt, step-00000006.ckpt: of later steps than 2; kept as left-step-*" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     make_trainer(tmp_path / "whole", max_steps=7).fit(TinyModule(length=6))
     make_trainer(tmp_path / "part", max_steps=5).fit(TinyModule(length=6))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -178,3 +180,22 @@ def test_the_callback_writes_it_however_the_run_ends(tmp_path: Path) -> None:
         make_trainer(tmp_path / "bad", RunReport(), SpikeGuard(), max_steps=9).fit(TinyModule(poison=5))
     assert ">failed<" in (tmp_path / "bad" / "report.html").read_text()
     assert list(tmp_path.glob("*/.*")) == []
+
+
+def test_a_report_that_cannot_be_written_hides_no_error_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Path.write_text
+
+    def full(path: Path, *arguments: Any, **options: Any) -> int:
+        if "report.html" in path.name:
+            real(path, "half", encoding="utf-8")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    make_trainer(tmp_path / "good", RunReport(), max_steps=3).fit(TinyModule())
+    with pytest.raises(UnstableTraining):
+        make_trainer(tmp_path / "bad", RunReport(), SpikeGuard(), max_steps=9).fit(TinyModule(poison=5))
+    assert capsys.readouterr().err.count("report.html: cannot be written: No space left on device") == 2
+    assert not list(tmp_path.rglob(".report.html-partial"))

@@ -6,9 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from callback_runs import Batch, TinyModule, make_trainer
+from callback_runs import Batch, Rows, TinyModule, make_trainer
 from torch import Tensor
 
 from callbacks import SpikeGuard, StepCheckpoint
@@ -36,6 +37,18 @@ def test_a_nan_loss_stops_the_run_before_the_step_and_names_step_micro_batch_and
     assert "\n" not in message
     for found, expected in zip(weights(module), reference(3, 3, tmp_path / "reference"), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_rows_are_named_by_file_and_place_where_the_data_know_them(tmp_path: Path) -> None:
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> Rows:
+            return Rows(100, poison=3)
+
+        def describe_rows(self, rows: list[int]) -> list[str]:
+            return [f"a.jsonl:{row + 1}" for row in rows]
+
+    with pytest.raises(UnstableTraining, match=r"micro-batch 0, dataset rows a\.jsonl:7, a\.jsonl:8: the loss is nan"):
+        make_trainer(tmp_path, SpikeGuard(), max_steps=9).fit(TinyModule(), datamodule=Data())
 
 
 class InfiniteGradient(TinyModule):

@@ -235,3 +235,14 @@ def test_imports_are_light():
         "assert not {'datasets', 'pyarrow', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("2000001 requested and 716800 written")  # all that numpy's tofile says
+
+    monkeypatch.setattr(store_module, "_publish", full)
+    source = rows_file(tmp_path / "in", [{"text": "a"}])
+    with pytest.raises(ValueError, match=r"^data\.cache_dir: .*cache: tokens cannot be written: the disk is full, it"):
+        tokenize(source, TextEncoder(byte_tokenizer()), tmp_path / "cache", 1)
+    assert not list((tmp_path / "cache" / "tokens").iterdir())

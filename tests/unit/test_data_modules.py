@@ -391,6 +391,21 @@ def test_formats_are_one_conversation(columns):
     assert talk.messages[0] == {"role": "system", "content": "be kind"}
 
 
+def test_a_column_that_is_named_goes_before_others_that_could_be_meant(tmp_path):
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    row = {"messages": messages, "instruction": "i", "prompt": "p", "response": "bad", "output": "worse", "best": "a"}
+    path = write(tmp_path / "a.jsonl", [row])
+
+    def meant(**columns):
+        (found,) = Source(path, columns=columns).rows()
+        return [message["content"] for message in conversation(found).messages]
+
+    assert meant() == ["?", "!"]
+    assert meant(prompt="instruction", completion="best") == ["i", "a"]
+    assert meant(instruction="prompt", answer="best") == ["p", "a"]
+    assert meant(messages="messages", answer="best") == ["?", "!"]
+
+
 def test_context_tools_and_calls():
     talk = conversation(Row({"instruction": "q", "context": "c", "response": "a"}, "file", 1))
     assert talk.messages[0]["content"] == "q\n\nc"

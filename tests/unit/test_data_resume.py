@@ -193,6 +193,21 @@ def test_resume_at_the_end_of_an_epoch_with_another_cut(rows_file, tmp_path):
     assert part.seen[0]["tokens"] + part.seen[1]["tokens"] == tokens(whole)[last]
 
 
+def test_validations_come_between_steps_after_a_resume_with_another_cut(rows_file, tmp_path):
+    class Look(Callback):
+        def __init__(self):
+            self.found = []
+
+        def on_validation_start(self, trainer, pl_module):
+            self.found.append((trainer.global_step, trainer.fit_loop._should_accumulate()))
+
+    fit(Recorder(), data(rows_file), callbacks=[Save(tmp_path)], max_epochs=2)
+    look, settings = Look(), {"check_val_every_n_epoch": None, "val_check_interval": 4, "accumulate_grad_batches": 4}
+    fit(Recorder(), data(rows_file, batch_size=1), tmp_path / "6.ckpt", callbacks=[look], max_epochs=2, **settings)
+    assert look.found
+    assert not any(inside for _, inside in look.found)
+
+
 def test_limited_epochs_resume_too(rows_file, tmp_path):
     settings = {"max_epochs": 3, "limit_train_batches": 4}
     whole = fit(Recorder(), data(rows_file), callbacks=[Save(tmp_path)], **settings)

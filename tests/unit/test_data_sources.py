@@ -46,6 +46,17 @@ def test_every_format_gives_the_same_rows(tmp_path):
         assert texts(Source(str(tmp_path / name))) == [row["text"] for row in ROWS], name
 
 
+def test_what_arrow_fills_in_is_no_data(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"calls": [{"name": "f", "arguments": {name: 1}}], "note": None} for name in "ab"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows)).path
+    found = [[row.columns for row in Source(name).rows()] for name in (str(tmp_path / "a.parquet"), path)]
+    assert found == [rows, rows]
+
+
 def test_byte_order_marks_are_no_text(tmp_path):
     assert texts(write(tmp_path / "a.txt", "\ufeffone")) == ["one"]
     assert texts(write(tmp_path / "a.jsonl", '\ufeff{"text": "one"}')) == ["one"]
@@ -91,6 +102,8 @@ def test_a_missing_column_names_those_there_are(tmp_path):
         ("a.jsonl", "\n\n", "there are no rows in it"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "\xe9"}\n', "a.jsonl: not UTF-8: byte 0xe9 at offset 26"),
         ("a.json", '{"text": "one"}\n{"text": "two"}', "a.json:2: no JSON: Extra data at column 1; is it JSON Lines?"),
+        ("a.jsonl", '{"text": "\\ud83d\\ude00"}\n{"text": "\\uD83D"}', "a.jsonl:2: half a surrogate pair"),
+        ("a.json", '[{"text": "\\ud83d\\ude00"}, {"a": [{"\\ude00": 1}]}]', "a.json:2: half a surrogate pair"),
         ("a.json", "[1]", "a.json:1: a row must be a JSON object, not int"),
         ("a.json", '{"a": 1}', "a list of objects, or an object with one list in it, is needed"),
         ("a.json", '"a"', "a list of objects is needed, not str"),
@@ -99,6 +112,7 @@ def test_a_missing_column_names_those_there_are(tmp_path):
         ("a.txt", b"caf\xe9", "a.txt: not UTF-8: byte 0xe9 at offset 3"),
         ("a.csv", "text,n\na,1\nb\n", "a.csv:2: broken CSV: row 2 (up to line 3) has 1 fields, the header has 2"),
         ("a.csv", "text,n\na,1,2\n", "a.csv:1: broken CSV: row 1 (up to line 2) has 3 fields, the header has 2"),
+        ("a.csv", "text,n,text\na,1,b\n", "a.csv: broken CSV: the header has 'text' twice"),
         ("a.csv", 'text,n\n"a"b,1\n', "a.csv:1: broken CSV in row 1: ',' expected after"),
         ("a.csv", "text,n\n", "there are no rows in it"),
         ("a.parquet", b"PAR1 no", "a.parquet: broken Parquet: "),

@@ -121,3 +121,14 @@ def test_a_copy_is_its_own(tmp_path: Any) -> None:
     with torch.no_grad():
         lean.model.norm.weight.zero_()
     assert other.model.norm(torch.ones(1, 32)).abs().sum() > 0
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_dropout_inside_of_an_mlp_is_not_lost(mode: bool) -> None:
+    """Seed-OSS has it; a model read from a folder is in evaluation mode when it is made lean."""
+    counts = []
+    for dropout in (0.1, 0.0):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("seed_oss", **SMALL, residual_dropout=dropout))
+        counts.append(make_lean(model.train(mode)))
+        assert all(module.training == mode for module in model.modules())
+    assert counts == [5, 7]  # the norms alone, and with the two MLPs
