@@ -12,7 +12,7 @@ import yaml
 
 from recipes.errors import UserError
 from recipes.launch_plan import Plan, Shell, add_common_arguments, folded, make_plan, new_job
-from recipes.launch_torchrun import JOIN_SECONDS, PORT
+from recipes.launch_torchrun import JOIN_SECONDS, PORT, variables
 from recipes.redaction import redact_config
 
 RUNS, WORK = "/runs", "/work"
@@ -135,9 +135,7 @@ def _label(text: str) -> tuple[str, str]:
 
 
 def _environment(args: argparse.Namespace) -> list[dict[str, str]]:
-    values = {"XDG_CACHE_HOME": f"{RUNS}/.cache", "PYTHONUNBUFFERED": "1"}
-    if args.interface:
-        values |= {"GLOO_SOCKET_IFNAME": args.interface, "NCCL_SOCKET_IFNAME": args.interface}
+    values = {"XDG_CACHE_HOME": f"{RUNS}/.cache", "PYTHONUNBUFFERED": "1", **variables(args.interface)}
     return [{"name": key, "value": value} for key, value in values.items()]
 
 

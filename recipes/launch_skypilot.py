@@ -14,7 +14,7 @@ import yaml
 
 from recipes.errors import UserError
 from recipes.launch_plan import Plan, Shell, add_common_arguments, folded, make_plan
-from recipes.launch_torchrun import JOIN_SECONDS, PORT
+from recipes.launch_torchrun import JOIN_SECONDS, PORT, export_line
 
 RUNS = "/runs"
 _SETUP = "pip install torch==2.13.0 && pip install -c constraints.txt ."
@@ -86,9 +86,7 @@ def task(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(plan: Plan, args: argparse.Namespace) -> str:
-    lines = []
-    if args.interface:
-        lines.append(f"export GLOO_SOCKET_IFNAME={args.interface} NCCL_SOCKET_IFNAME={args.interface}")
+    lines = [export_line(args.interface)]
     lines.append('MASTER="$(echo "$SKYPILOT_NODE_IPS" | sed -n 1p)"')
     words = ["exec", "python", "-m", "torch.distributed.run", "--nnodes", str(plan.nodes)]
     words += ["--nproc-per-node", str(plan.devices), "--max-restarts", "0", "--rdzv-backend", "c10d"]

@@ -12,6 +12,9 @@ from recipes.errors import UserError
 from recipes.launch_plan import Plan, add_common_arguments, folded, make_plan, new_job
 
 PORT = 29500
+# torchrun's agent would keep one store over all restarts, with the addresses of dead processes: gloo then fails
+# at the first restart, or hangs. This gives each start a store, and a port, of its own.
+FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 JOIN_SECONDS = 300  # how long a node waits for the others to be started; torchrun's own default is 600
 
 
@@ -46,10 +49,8 @@ def launch(args: argparse.Namespace) -> int:
 
 def _become(command: list[str], plan: Plan, interface: str | None) -> NoReturn:
     """Runs a command in the place of this process, so that signals go straight to it."""
-    environment = dict(os.environ)
+    environment = os.environ | variables(interface)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.devices)))
-    if interface:
-        environment |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     sys.stdout.flush()
     os.execve(command[0], command, environment)
 
@@ -73,11 +74,21 @@ def torchrun(plan: Plan, job: str, args: argparse.Namespace, rank: int, python: 
 
 
 def _printed(plan: Plan, commands: dict[int, list[str]], interface: str | None) -> str:
-    export = [f"export GLOO_SOCKET_IFNAME={interface} NCCL_SOCKET_IFNAME={interface}"] if interface else []
     texts = [f"# {plan.summary()}"]
     for rank, command in commands.items():
         others = "1" if plan.nodes == 2 else f"1 to {plan.nodes - 1}"
         if plan.nodes > 1:
             texts.append("# node 0, the master" if rank == 0 else f"# each of the others (node {others})")
-        texts += [*export, folded(command)]
+        texts += [export_line(interface), folded(command)]
     return "\n".join(texts)
+
+
+def variables(interface: str | None) -> dict[str, str]:
+    """What torchrun needs in its environment."""
+    sockets = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+    return FRESH_STORE | sockets
+
+
+def export_line(interface: str | None) -> str:
+    """The same for a shell."""
+    return " ".join(["export", *(f"{key}={value}" for key, value in variables(interface).items())])

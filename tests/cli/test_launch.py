@@ -245,7 +245,7 @@ def test_torchrun_tells_each_node_its_command(folder: Path, capsys: pytest.Captu
     assert {first.rdzv_endpoint, others.rdzv_endpoint} == {"alpha:1234"}
     assert first.rdzv_id == others.rdzv_id
     assert first.training_script_args == others.training_script_args
-    assert text.count("export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0") == 2
+    assert text.count("GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0") == 2
 
 
 def test_torchrun_elastic_asks_torchrun_for_the_sizes(
