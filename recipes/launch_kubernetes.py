@@ -8,10 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
-import yaml
-
 from recipes.errors import UserError
-from recipes.launch_plan import Plan, Shell, add_common_arguments, folded, make_plan, new_job
+from recipes.launch_plan import Plan, Shell, add_common_arguments, as_yaml, folded, make_plan, new_job
 from recipes.launch_torchrun import JOIN_SECONDS, PORT, variables
 from recipes.redaction import redact_config
 
@@ -37,7 +35,7 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
 
 def launch(args: argparse.Namespace) -> int:
     plan = make_plan(args, WORK)
-    text = yaml.safe_dump_all(manifest(plan, args, new_job(plan)), sort_keys=False, allow_unicode=True, width=120)
+    text = as_yaml(manifest(plan, args, new_job(plan)))
     if args.dry_run:
         print(text, end="")
         return 0
@@ -59,7 +57,7 @@ def manifest(plan: Plan, args: argparse.Namespace, job: str) -> list[dict[str, A
     metadata = {"name": job} | ({"namespace": args.namespace} if args.namespace else {})
     # The merged recipe travels with the job: files of this machine are not in the image. Variables stay names.
     recipe = redact_config(plan.composed, plan.composed.root.plain())
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
+    text = as_yaml([recipe])
     objects = [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {_KEY: text}}]
     if args.claim_size:
         objects.insert(0, _claim(args))

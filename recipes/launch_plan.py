@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from recipes.checks import check_values
 from recipes.compose import Composed, compose, long_key
 from recipes.errors import UserError
@@ -91,8 +93,8 @@ def _flag(flag: str, value: str) -> list[str]:
 
 
 def new_job(plan: Plan) -> str:
-    """A name that no other job has."""
-    return f"{plan.slug}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    """A name that no other job has; with what Kubernetes adds to it, a name of a host (63 letters at most)."""
+    return f"{plan.slug[:32].rstrip('-')}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def shell_line(words: Sequence[str]) -> str:
@@ -111,6 +113,20 @@ def folded(words: Sequence[str], width: int = 110) -> str:
             lines.append("   ")
         lines[-1] += f" {text}" if lines[-1] else text
     return " \\\n".join(lines)
+
+
+def as_yaml(objects: Sequence[dict[str, Any]]) -> str:
+    """Documents of YAML; texts of several lines stand there as they are."""
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump_all(objects, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 # --- checking -------------------------------------------------------------------------------------------------------
@@ -212,8 +228,6 @@ def _without_sizes(overrides: Sequence[tuple[str, str]], sizes: dict[str, str]) 
 
 def _parsed(composed: Composed) -> dict[str, Any]:
     """The config with all defaults, checked key by key as `fit` would. Nothing is built."""
-    import yaml
-
     from recipes.cli import RecipeCLI
 
     values: dict[str, Any] = yaml.safe_load(RecipeCLI(composed).config_text())

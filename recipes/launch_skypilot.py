@@ -10,10 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recipes.errors import UserError
-from recipes.launch_plan import Plan, Shell, add_common_arguments, folded, make_plan
+from recipes.launch_plan import Plan, Shell, add_common_arguments, as_yaml, folded, make_plan
 from recipes.launch_torchrun import JOIN_SECONDS, PORT, export_line
 
 RUNS = "/runs"
@@ -40,7 +38,7 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
 
 def launch(args: argparse.Namespace) -> int:
     plan = make_plan(args, ".")
-    text = yaml.dump(task(plan, args), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    text = as_yaml([task(plan, args)])
     if args.dry_run:
         print(text, end="")
         return 0
@@ -94,14 +92,3 @@ def _run(plan: Plan, args: argparse.Namespace) -> str:
     words += ["--rdzv-conf", Shell(f'"is_host=$((SKYPILOT_NODE_RANK == 0)),join_timeout={JOIN_SECONDS}"')]
     more = [("runs_dir", RUNS)] if args.volume else []
     return "\n".join([*lines, folded([*words, "-m", "recipes", *plan.words(JOB, more=more)])]) + "\n"
-
-
-class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as they are, not escaped."""
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)

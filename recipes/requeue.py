@@ -6,6 +6,7 @@ somebody has cancelled it.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -56,7 +57,8 @@ def how_to_go_on(job: str | None) -> str:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    if multiprocessing.parent_process() is None:  # not in a worker of a loader, which inherits the handler
+        raise SystemExit(128 + number)
 
 
 def _requeue(number: str, *, time_is_over: bool) -> None:

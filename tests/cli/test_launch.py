@@ -362,7 +362,7 @@ def test_kubernetes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (claim["kind"], claim["spec"]["accessModes"]) == ("PersistentVolumeClaim", ["ReadWriteMany"])
     conforms(job, FIELDS)
     name = job["metadata"]["name"]
-    assert re.fullmatch(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])", name)
+    assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", name)
     assert config["metadata"]["name"] == name
     spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
@@ -402,6 +402,14 @@ def run_in_pod(folder: Path, script: str, **variables: str) -> argparse.Namespac
     done = subprocess.run(["/bin/sh", "-c", script], env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return understood((folder / "words").read_text().splitlines())
+
+
+def test_kubernetes_hosts_have_short_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "tiny.yaml").rename(folder / f"{'a-long-name-' * 6}.yaml")
+    text = printed(capsys, "kubernetes", "-c", "a-long-name-" * 6, *POD)
+    name = list(yaml.safe_load_all(text))[-1]["metadata"]["name"]
+    assert len(f"{name}-node-0-1023") <= 63
+    assert "--" not in name
 
 
 def test_kubernetes_keeps_secrets_out(

@@ -67,7 +67,9 @@ class SlurmCluster:
             (self.folder / name).mkdir()
         config = _CONFIG.format(host=socket.gethostname().split(".")[0], folder=self.folder, ports=_free_ports())
         (self.folder / "slurm.conf").write_text(config)
-        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        said = subprocess.run([_program("slurmd"), "-V"], capture_output=True, text=True).stdout.split()[-1]
+        if tuple(int(part) for part in said.split(".")[:2]) >= (23, 11):  # older ones do not know the word
+            (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         with _HOSTS.open("a") as hosts:
             hosts.write(_NAMES)
         self._hosts = True
@@ -87,8 +89,9 @@ class SlurmCluster:
 
     def _daemon(self, program: str, *arguments: str) -> None:
         log = (self.folder / f"{program}-{len(self._processes)}.out").open("wb")
-        path = shutil.which(program) or f"/usr/sbin/{program}"
-        self._processes.append(subprocess.Popen([path, *arguments], stdout=log, stderr=log, start_new_session=True))
+        self._processes.append(
+            subprocess.Popen([_program(program), *arguments], stdout=log, stderr=log, start_new_session=True)
+        )
 
     def _wait_for_nodes(self) -> None:
         end = time.monotonic() + 60
@@ -97,7 +100,7 @@ class SlurmCluster:
             if shown.count("idle") == 4:  # two nodes in two partitions
                 return
             time.sleep(0.5)
-        said = "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-1500:]}" for log in self.folder.glob("*.*t"))
+        said = "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-1500:]}" for log in self.folder.glob("*.out"))
         raise RuntimeError(f"Slurm's nodes did not come up: {shown}\n{said}")
 
     def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -114,7 +117,7 @@ class SlurmCluster:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             shown = self.shown(job)
-            if shown["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED"):
+            if shown["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING"):
                 return shown
             time.sleep(1)
         raise TimeoutError(f"job {job} is {shown['JobState']} after {seconds} s")
@@ -131,7 +134,11 @@ class SlurmCluster:
                 process.kill()
                 process.wait()
         if self._hosts:
-            _HOSTS.write_text(_HOSTS.read_text().replace(_NAMES, ""))
+            _HOSTS.write_text(_HOSTS.read_text().replace(_NAMES, "", 1))
+
+
+def _program(name: str) -> str:
+    return shutil.which(name) or f"/usr/sbin/{name}"
 
 
 def _free_ports() -> list[int]:
