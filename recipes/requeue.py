@@ -88,6 +88,6 @@ def wants_requeueing(shown: str, *, time_is_over: bool) -> bool:
     """
     fields = dict(re.findall(r"(\w+)=(\S*)", shown))
     # Not where Slurm has done it, nor where somebody cancelled the job.
-    running = fields.get("JobState") == "RUNNING"
+    running = fields.get("JobState") in ("RUNNING", "SIGNALING")  # the latter until all have their signal
     preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
     return running and (time_is_over or preempted)

@@ -14,7 +14,7 @@ import yaml
 
 from tests.distributed.test_resume import LAYOUTS, ROOT, metrics, write_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 STEPS = 10  # two epochs
 LAYOUT = LAYOUTS["packed, 2 workers, two ranks"]

@@ -17,7 +17,7 @@ import yaml
 from tests.distributed.slurm_cluster import SlurmCluster, install
 from tests.distributed.test_resume import LAYOUTS, ROOT, metrics, write_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 STEPS = 10  # two epochs
 

@@ -26,6 +26,7 @@ RUNNING = "JobId=7 JobName=x JobState=RUNNING Reason=None PreemptEligibleTime=20
         (RUNNING.format("None"), True, True),
         (RUNNING.format("None"), False, False),  # scancel
         (RUNNING.format("2026-01-01T00:10:00"), False, True),
+        (RUNNING.format("None").replace("RUNNING", "SIGNALING"), True, True),
         (RUNNING.format("None").replace("RUNNING", "CANCELLED"), True, False),
         (RUNNING.format("2026-01-01T00:10:00").replace("RUNNING", "PENDING"), False, False),  # Slurm has done it
         ("", True, False),
