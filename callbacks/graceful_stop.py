@@ -15,6 +15,21 @@ from lightning.pytorch.callbacks import Callback
 
 from callbacks.checkpoint import StepCheckpoint
 
+_HELD_BACK: set[signal.Signals] = set()  # what forked processes do not get, while a run trains
+
+
+def _hold_back() -> None:
+    """In a process that was just forked: a loader's worker.
+
+    Slurm, and a terminal's Ctrl-C, signal every process of a task. A worker that dies of it takes the run down before
+    the checkpoint; one that inherited the handler talks of a checkpoint that is not its own. It ends with its loader.
+    """
+    if _HELD_BACK:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+
+
+os.register_at_fork(after_in_child=_hold_back)
+
 
 class StoppedBySignal(SystemExit):
     """The run was stopped by a signal after its checkpoint was written; the exit status is the shell's 128 + number."""
@@ -50,6 +65,11 @@ class GracefulStop(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(trainer.checkpoint_callback, StepCheckpoint):
             raise ValueError("GracefulStop: needs callbacks.StepCheckpoint as the trainer's checkpoint callback")
+        if stage == "fit":
+            _HELD_BACK.update(self.signals)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        _HELD_BACK.clear()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the handlers in the place of Lightning's, which would save in the middle of a step."""
@@ -72,6 +92,7 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore()
+        _HELD_BACK.clear()
 
     def _agree(self, trainer: pl.Trainer) -> None:
         """Tell the checkpoint callback, which comes after all others, to save and stop."""

@@ -26,7 +26,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from llm_modules.batch import CountedBatch, ObjectiveOutput
 from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
-from llm_modules.optimizers import apply_changes, class_name, group_settings, parameter_groups, parameter_kinds
+from llm_modules.optimizers import (
+    apply_changes,
+    class_name,
+    group_settings,
+    parameter_groups,
+    parameter_kinds,
+    ways_to_step,
+)
 from llm_modules.schedules import RunSchedule
 from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm
 from llm_modules.tokenizer import load_tokenizer
@@ -71,6 +78,7 @@ class LLMModule(LightningModule):
         self._tokenizer: Any = None
         self._kinds: dict[str, str] = {}
         self._optimizer: dict[str, Any] = {}
+        self._ways_to_step: list[dict[str, Any]] = []
         self._earlier_optimizer: dict[str, Any] | None = None
         self._window: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
@@ -132,6 +140,7 @@ class LLMModule(LightningModule):
             raise ValueError("model: no parameter is trainable; unfreeze some, or use `recipes validate`")
         optimizer = self.optimizer_factory(groups)
         allow_mixed_layouts(optimizer)
+        self._ways_to_step = ways_to_step(optimizer)
         self._optimizer = {"class": class_name(optimizer), "groups": group_settings(optimizer)}
         if self._earlier_optimizer is not None and self._earlier_optimizer["class"] != self._optimizer["class"]:
             raise ValueError(
@@ -166,10 +175,12 @@ class LLMModule(LightningModule):
     def on_train_start(self) -> None:
         """A resumed run goes by the config: of the optimizer's settings, the checkpoint brought those of its own."""
         earlier, self._earlier_optimizer = self._earlier_optimizer, None
+        optimizer: Any = self.trainer.strategy.optimizers[0]
+        for group, ways in zip(optimizer.param_groups, self._ways_to_step, strict=True):
+            group.update(ways)
         if earlier is None:
             return
         schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
         for line in apply_changes(
             optimizer, earlier["groups"], self._optimizer["groups"], schedules[0] if schedules else None
         ):

@@ -61,12 +61,21 @@ def class_name(optimizer: Optimizer) -> str:
 
 
 def group_settings(optimizer: Optimizer) -> Settings:
-    """The settings of an optimizer's groups that are plain values, as they are before the first step."""
+    """The settings of an optimizer's groups that are plain values, as they are before the first step; not how torch
+    carries a step out, which is of the strategy."""
     plain = (bool, int, float, str, tuple, list, type(None))
     return [
-        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
+        {name: value for name, value in group.items() if name not in ("params", *_HOW) and isinstance(value, plain)}
         for group in optimizer.param_groups
     ]
+
+
+_HOW = ("fused", "foreach", "capturable", "differentiable")
+
+
+def ways_to_step(optimizer: Optimizer) -> Settings:
+    """How torch carries a step out, of each group: a checkpoint of another strategy brings other ways."""
+    return [{name: group[name] for name in _HOW if name in group} for group in optimizer.param_groups]
 
 
 def apply_changes(optimizer: Optimizer, before: Settings, now: Settings, schedule: LRScheduler | None) -> list[str]:

@@ -17,11 +17,13 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
 import callbacks as ours
 from recipes.compose import LINKED, Composed
 from recipes.diagnose import Diagnosis, fields_of, find_class
 from recipes.errors import UserError, one_line, user_message
+from recipes.ranks import under_srun
 from recipes.redaction import redact_config
 from recipes.run_folder import RunFolder
 from recipes.yaml_tree import display
@@ -120,6 +122,9 @@ class RecipeCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(ours.AtomicCheckpointIO())
+        if under_srun() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            # Its requeueing saves from inside the signal handler, in the middle of a step; ours is in requeue.py.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         given = config.get("callbacks") or []
         config["callbacks"] = self._with_defaults(given if isinstance(given, list) else [given])
         return super().instantiate_trainer(plugins=plugins, logger=False, **kwargs)
@@ -260,4 +265,5 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a first try on a login node
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

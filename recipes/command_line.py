@@ -11,6 +11,8 @@ FLAGS = {
     "-c": ("NAME", "the recipe; given again: an overlay to put on top (a path, or a name below configs/)"),
     "--ckpt_path": ("PATH", "a checkpoint, or `last` or `best` of the newest run"),
     "--run": ("N", "the run that --ckpt_path is about: runs/<recipe>/N"),
+    "--job": ("NAME", "a launcher's job: goes on with the run that it began, or begins one; asked to stop, requeues"),
+    "--preflight": ("SECONDS", "check the cluster first (recipes check cluster), waiting so long for every process"),
 }
 SWITCHES = {
     "--dry-run": "build everything, show memory, model and data, and stop before training",
@@ -27,6 +29,8 @@ class Command:
         verb: fit, validate, test or predict.
         configs: the recipe and its overlays.
         overrides: dotted keys with their values as YAML text, in order.
+        job: the launcher's job, whose run is continued wherever there is one.
+        preflight: seconds that the check of the cluster waits; None: no check.
         help: the key that help is asked about; "" for the short help; None where none is asked for.
         words: the command as given.
     """
@@ -37,6 +41,8 @@ class Command:
     overrides: list[tuple[str, str]] = field(default_factory=list)
     ckpt_path: str | None = None
     run: int | None = None
+    job: str | None = None
+    preflight: int | None = None
     dry_run: bool = False
     print_config: bool = False
     debug: bool = False
@@ -85,6 +91,12 @@ def _set(command: Command, flag: str, value: str) -> None:
         if not value.isdigit():
             raise UserError(f"--run {value}: the number of a run is asked for, such as --run 3")
         command.run = int(value)
+    elif flag == "--job":
+        command.job = value
+    elif flag == "--preflight":
+        if not value.isdigit() or int(value) < 1:
+            raise UserError(f"--preflight {value}: a number of seconds is asked for, such as --preflight 60")
+        command.preflight = int(value)
     elif flag.startswith("--"):
         command.overrides.append((flag[2:], value))
     else:

@@ -99,4 +99,10 @@ def _keys(before: list[str]) -> list[str]:
 def _flags_of(verb: str) -> list[str]:
     parser = argparse.ArgumentParser(add_help=True)
     import_module(f"recipes.{verb}").add_arguments(parser)
-    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    parsers, options = [parser], []
+    for one in parsers:  # those of its own verbs (launch slurm, check cluster) are added on the way
+        for action in one._actions:
+            options += [option for option in action.option_strings if option.startswith("--")]
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    return options

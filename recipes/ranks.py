@@ -27,6 +27,14 @@ def tell_folder(folder: Path) -> None:
     os.environ[FOLDER_VARIABLE] = str(folder)
 
 
+def under_srun() -> bool:
+    """Whether this process is a task of srun's, which Slurm told its rank. (Not one that torchrun started there.)"""
+    env = os.environ
+    # The same two names stand for a shell in an allocation, as Lightning takes them.
+    shell = env.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "SLURM_PROCID" in env and "SLURM_NTASKS" in env and "TORCHELASTIC_RUN_ID" not in env and not shell
+
+
 def job_id() -> str:
     """The same text in all processes of a job, and in no other job; without a launcher: of this process."""
     env = os.environ

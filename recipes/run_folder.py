@@ -23,9 +23,10 @@ from recipes.redaction import redact_command
 from recipes.yaml_tree import display
 
 FINISHED = "finished"  # an empty file: the run came to its planned end
+JOB = "job"  # the name of the launcher's job that began the run
 LOCK = ".lock"  # held by rank 0 while it runs
 _STEP = re.compile(r"step-(\d+)\.ckpt")
-_PACKAGES = (
+PACKAGES = (
     "litrecipes",
     "torch",
     "lightning",
@@ -104,6 +105,11 @@ class RunFolder:
         except FileNotFoundError:
             pass
         return False
+
+    def note_job(self, job: str | None) -> None:
+        """Writes down which job began the run, for that job's restarts."""
+        if job is not None:
+            _write(self.path / JOB, job + "\n")
 
     def mark_finished(self) -> None:
         (self.path / FINISHED).touch()
@@ -188,6 +194,14 @@ def find_run(runs_dir: Path, recipe: str, number: int | None, *, unfinished: boo
     return runs[-1]
 
 
+def run_of_job(runs_dir: Path, recipe: str, job: str) -> RunFolder | None:
+    """The run that a job began; None at its first start."""
+    for run in reversed(runs_of(runs_dir, recipe)):
+        if (run.path / JOB).is_file() and (run.path / JOB).read_text(encoding="utf-8").strip() == job:
+            return run
+    return None
+
+
 def checkpoint_of(run: RunFolder, which: str) -> Path:
     """The checkpoint ``last`` or ``best`` of a run.
 
@@ -237,7 +251,7 @@ def write_environment(run: RunFolder, command: Sequence[str], config: dict[str, 
 def describe_environment(command: Sequence[str]) -> dict[str, Any]:
     """Versions, commit, hardware and command, with nothing secret in it."""
     versions = {}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

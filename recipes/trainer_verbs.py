@@ -15,7 +15,17 @@ from recipes.command_line import Command, parse_command
 from recipes.compose import Composed, compose
 from recipes.errors import UserError, user_message
 from recipes.ranks import first_on_each_machine, tell_folder, told_folder
-from recipes.run_folder import FINISHED, RunFolder, checkpoint_of, find_run, new_run, write_config, write_environment
+from recipes.requeue import how_to_go_on, requeued_when_told
+from recipes.run_folder import (
+    FINISHED,
+    RunFolder,
+    checkpoint_of,
+    find_run,
+    new_run,
+    run_of_job,
+    write_config,
+    write_environment,
+)
 from recipes.yaml_tree import display
 
 if TYPE_CHECKING:
@@ -40,6 +50,16 @@ def run(verb: str, words: Sequence[str]) -> int:
         raise UserError(f"-c: a recipe must be named, such as recipes {verb} -c pretrain/quickstart; see recipes list")
     composed = compose(command.configs, command.overrides)
     check_values(composed)
+    with requeued_when_told(command.job):
+        return _run(command, composed)
+
+
+def _run(command: Command, composed: Composed) -> int:
+    verb = command.verb
+    if command.preflight is not None:
+        from recipes.check_cluster import preflight
+
+        preflight(composed, command.preflight)
     resumed, checkpoint = find_checkpoint(command, composed)
 
     from recipes.cli import RecipeCLI
@@ -76,6 +96,8 @@ def find_checkpoint(command: Command, composed: Composed) -> tuple[RunFolder | N
         UserError: there is no such run or checkpoint.
     """
     which = command.ckpt_path
+    if command.job is not None:
+        return _of_job(command, composed)
     if which is None and command.run is None:
         return None, None
     if which in (None, "last", "best"):
@@ -107,6 +129,15 @@ def _say_if_untrained(cli: RecipeCLI, verb: str) -> None:
         )
 
 
+def _of_job(command: Command, composed: Composed) -> tuple[RunFolder | None, Path | None]:
+    """The run that a job began when it was started first, with its newest checkpoint."""
+    if command.verb != "fit" or command.ckpt_path is not None or command.run is not None:
+        raise UserError(f"--job {command.job}: is for fit, and without --ckpt_path and --run: it finds the run itself")
+    told, runs_dir = told_folder(), Path(composed.values.get("runs_dir") or "runs")
+    run = RunFolder(told, composed.name) if told is not None else run_of_job(runs_dir, composed.name, str(command.job))
+    return run, None if run is None else run.newest_checkpoint()
+
+
 @contextmanager
 def _folder(
     command: Command, cli: RecipeCLI, resumed: RunFolder | None, checkpoint: Path | None
@@ -136,6 +167,7 @@ def _folder(
         else:
             print(f"continuing {display(owned.path)} from {checkpoint.name}", file=sys.stderr)
     elif resumed is None:
+        owned.note_job(command.job)
         print(f"run: {display(owned.path)}", file=sys.stderr)
     try:
         if command.verb == "fit" or resumed is None:
@@ -194,7 +226,7 @@ def _work(command: Command, cli: RecipeCLI, checkpoint: Path | None) -> None:
         if stop.code == 1 and trainer.state.status == "interrupted":
             raise KeyboardInterrupt from stop
         if type(stop) is not SystemExit:  # a signal, after its checkpoint
-            print(f"recipes: {stop}; --ckpt_path last continues", file=sys.stderr)
+            print(f"recipes: {stop}; {how_to_go_on(command.job)}", file=sys.stderr)
         raise
     if command.verb in ("validate", "test") and cli.folder is not None and trainer.is_global_zero:
         text = json.dumps({"checkpoint": path, "metrics": results}, indent=2)

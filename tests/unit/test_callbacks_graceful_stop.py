@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -149,6 +150,33 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path: Path) -> None:
     trainer.fit(SignalAt("training", 2))
     assert trainer.state.finished
     assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == "step-00000003.ckpt"
+
+
+def _kill_oneself(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def exit_code_of_a_worker(number: int) -> int | None:
+    """Of a forked process that is sent a signal, as Slurm sends it to all processes of a task."""
+    worker = multiprocessing.get_context("fork").Process(target=_kill_oneself, args=(number,))
+    worker.start()
+    worker.join(30)
+    return worker.exitcode
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_worker_of_the_loader_outlives_the_signal(tmp_path: Path, name: str) -> None:
+    """It dying would end the run before the checkpoint."""
+    number = signal.Signals[name]
+    codes: list[int | None] = []
+
+    class Forks(TinyModule):
+        def on_train_start(self) -> None:
+            codes.append(exit_code_of_a_worker(number))
+
+    make_trainer(tmp_path, GracefulStop(), max_steps=1).fit(Forks())
+    assert codes == [0]
+    assert exit_code_of_a_worker(number) == -number  # after the run, as it was before
 
 
 def test_refuses_what_cannot_work(tmp_path: Path) -> None:
