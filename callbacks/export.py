@@ -71,7 +71,7 @@ class ExportFolder(Callback):
             shutil.rmtree(temporary, ignore_errors=True)
             info = {**describe_run(run), "step": step, "weights": self.weights, "metrics": self._metrics(trainer)}
             module: Any = pl_module
-            module.export(temporary, info)
+            module.export(temporary, {**info, "place": str(target)})
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)
