@@ -83,6 +83,6 @@ def _merge(model: CausalLM) -> None:
     difference = float((after - before).abs().max() / before.abs().max())
     if not difference <= _TOLERANCE:
         raise UserError(
-            f"--merge: the merged model's logits differ by {difference:.1e}: a weight that is shared (tied embeddings?) "
-            "has an adapter at one of its places only; export without --merge"
+            f"--merge: the merged model's logits differ by {difference:.1e}: a shared weight (tied embeddings?) has "
+            "an adapter at one of its places only; export without --merge"
         )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from recipes.__main__ import main
 
 peft = pytest.importorskip("peft")
 
-SHIPPED = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "configs"
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -144,41 +148,31 @@ def test_resume_is_exact(kind: str) -> None:
 IDS = torch.tensor([[258, *range(40, 60), 259, 1, 2]])
 
 
-@pytest.mark.parametrize(
-    ("overlays", "quantized"),
-    [(["adapters/lora"], None), pytest.param(["adapters/lora", "precision/nf4"], "nf4", marks=pytest.mark.slow)],
-)
-def test_what_leaves_is_what_was_trained(overlays: list[str], quantized: str | None) -> None:
+@pytest.mark.parametrize("quantized", [None, pytest.param("nf4", marks=pytest.mark.slow), "int8"])
+def test_what_leaves_is_what_was_trained(quantized: str | None) -> None:
     """The unmerged folder in plain peft, and the merged one in plain transformers, against the checkpoint."""
     from transformers import AutoModelForCausalLM
 
     from llm_modules.tokenizer import byte_tokenizer
     from llm_modules.zoo import Backbone
+    from llm_modules.zoo.quantization import quantize
 
-    run = fit(*[word for overlay in overlays for word in ("-c", overlay)])
+    run = fit("-c", "adapters/lora", "--model.backbone.quantization", quantized or "null")
     last = run / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
     assert last.stat().st_size < 400_000
     backbone = Backbone(**checkpoint["litrecipes"]["adapter"]["backbone"])
-    trained = backbone.build(
-        tokenizer=byte_tokenizer(), sequence_length=64, seed=7, precision="bf16-mixed" if quantized else "32-true"
-    )
+    trained = backbone.build(tokenizer=byte_tokenizer(), sequence_length=64, seed=7)
     trained.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
-    trained.eval()
-    if quantized:  # computes in fp32 what it computed in bf16, so that roundings do not hide differences
-        cast_parameters_of_float(trained.hf)
     with torch.no_grad():
-        expected = trained.hf(IDS).logits
+        expected = trained.eval().hf(IDS).logits
         assert main(["export", str(run), "out", "--which", "last"]) == 0
         assert main(["export", str(run), "merged", "--which", "last", "--merge"]) == 0
         merged = AutoModelForCausalLM.from_pretrained("merged", attn_implementation="eager").eval()
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-5, atol=2e-6)
         base = AutoModelForCausalLM.from_pretrained("out/base", attn_implementation="eager")
         if quantized:
-            from llm_modules.zoo.quantization import quantize
-
-            quantize(base, "nf4", torch.float32)
-            cast_parameters_of_float(base)
+            quantize(base, quantized, torch.float32)  # type: ignore[arg-type]
         plain = peft.PeftModel.from_pretrained(base, "out").eval()
         torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-5, atol=2e-6)
     assert {path.name for path in Path("merged").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
@@ -192,13 +186,42 @@ def test_what_leaves_is_what_was_trained(overlays: list[str], quantized: str | N
     assert AutoModelForCausalLM.from_pretrained("half").dtype == torch.bfloat16
 
 
-def cast_parameters_of_float(hf: Any) -> None:
-    for module in hf.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = torch.float32
-    for p in hf.parameters():
-        if p.is_floating_point():
-            p.data = p.data.float()
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4", "int8"])
+def test_quantized_overlays_train_and_their_exports_say_the_same(kind: str) -> None:
+    """In bf16, so to the rounding of bf16: what `generate` opens, and the merged model."""
+    from transformers import AutoModelForCausalLM
+
+    from llm_modules.zoo import open_adapter
+
+    run = fit("-c", "adapters/lora", "-c", f"precision/{kind}", "--trainer.max_steps", "40")
+    losses = [float(row["train/loss"]) for row in rows_of(run) if row.get("train/loss")]
+    assert losses[-1] < 0.85 * losses[0]
+    assert main(["export", str(run), "merged", "--merge", "--which", "last"]) == 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = open_adapter(run / "export").eval()(IDS).logits.float()
+        merged = AutoModelForCausalLM.from_pretrained("merged").eval()(IDS).logits.float()
+    assert (merged - expected).abs().max() < 0.06 * expected.abs().max()
+    assert (merged - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["adapters/lora"], ["adapters/adalora"], ["adapters/lora", "precision/nf4"]])
+def test_two_processes_train_what_one_does(words: list[str]) -> None:
+    """DistributedDataParallel, the window's micro-batches dealt to two ranks instead of one after another."""
+    flags = [word for name in words for word in ("-c", name)]
+    flags += ["--trainer.max_steps", "3", "--trainer.precision", "32-true", "--model.backbone.dtype", "float32"]
+    one = fit(*flags)
+    command = [sys.executable, "-m", "recipes", "fit", "-c", "tiny", *flags, "-c", "strategies/ddp"]
+    command += ["--trainer.devices", "2", "--trainer.accumulate_grad_batches", "1", "--trainer.val_check_interval", "2"]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    two = Path("runs/tiny/1")
+    states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=2e-5, msg=name)
+    losses = [[float(row["train/loss"]) for row in rows_of(run) if row.get("train/loss")] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-6)
 
 
 def test_show_counts_what_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
