@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import logging
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -19,6 +20,9 @@ from llm_modules.zoo.configuration import nearest
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
+
+# It is imported by peft, and says at each start which faster kernels there might be.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _NOT_HERE = {
     "MULTITASK_PROMPT_TUNING": "it needs the task of each row",

@@ -193,7 +193,13 @@ class CausalLM(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
         """A change of dtype leaves fp32 buffers: rotary frequencies in bf16 would put tokens at wrong positions."""
-        kept = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
+        kept = {
+            f"{owner}.{name}": buffer
+            for owner, module in self.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            # peft's are factors of matrix products, in the dtype of the others.
+            if buffer.dtype == torch.float32 and not type(module).__module__.startswith("peft.")
+        }
         super()._apply(fn, recurse)
         for name, before in kept.items():
             owner, _, leaf = name.rpartition(".")

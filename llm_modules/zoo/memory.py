@@ -101,7 +101,8 @@ def peak_memory(
         optimizer: makes the optimizer of parameters (as in a recipe); None: AdamW.
         trained_share: share of the positions whose next token is trained.
         activation_checkpointing, attention, head, head_chunk, lean: the backbone's.
-        trainable: number of trainable parameters; None: all.
+        trainable: number of trainable parameters; None: all. (What an adapter's own layers keep for the backward pass
+            is not counted: a tenth more with LoRA on all layers, twice as much with DoRA.)
         weights: bytes of all weights, where they are not all of the precision's dtype (a quantized base).
         accumulate: micro-batches in an optimizer step.
         device: ``cpu`` or ``cuda``. On a CPU, glibc's heap is left with holes that the next tensors do not fit in: as

@@ -238,6 +238,24 @@ def test_a_base_that_is_nowhere_else_comes_along(tmp_path: Path) -> None:
         torch.testing.assert_close(open_adapter(tmp_path / "moved").eval()(ids).logits, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_several_adapters_go_into_one_base(tmp_path: Path) -> None:
+    """Folders of two runs on one base, side by side in plain peft."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    models = {"one": stir(build(lora())).eval(), "other": stir(build(lora(r=8, use_rslora=True))).eval()}
+    for name, model in models.items():
+        save(model, lora(), tmp_path / name)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "base")
+    plain = PeftModel.from_pretrained(base, tmp_path / "one", adapter_name="one").eval()
+    plain.load_adapter(tmp_path / "other", adapter_name="other")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        for name, model in models.items():
+            plain.set_adapter(name)
+            torch.testing.assert_close(plain(input_ids=ids).logits, model.hf(ids).logits, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"])
 def test_generation_with_virtual_tokens(name: str, tmp_path: Path) -> None:
     """Greedy answers are the most likely tokens under the model that was trained; so are those of the folder."""
@@ -408,3 +426,30 @@ def test_a_method_that_does_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("llm_modules.zoo.adapters.Adapter", Louder)
     with pytest.raises(ValueError, match="ROAD cannot be trained here: it does more than put layers into the model"):
         build({"class_path": "peft.RoadConfig", "init_args": {"group_size": 8}})
+
+
+# --- half precision
+
+
+@pytest.mark.parametrize("name", ["LoraConfig", "VeraConfig", "AdaLoraConfig"])
+def test_all_in_half_precision(name: str) -> None:
+    model = build(f"peft.{name}", precision="bf16-true")
+    torch.nn.Sequential(model).to(torch.bfloat16)  # as Lightning's half precision does, from outside
+    logprobs(model).sum().backward()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert sum(float(p.grad.abs().sum()) for p in model.adapter.parameters()) > 0
+    assert model.hf.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_experts_are_adapted_where_peft_can() -> None:
+    family = {**TINY, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    adapter = lora(target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    model = stir(build(adapter, config=family))
+    assert all(".experts." in n for n, p in model.named_parameters() if p.requires_grad)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        plain = Backbone(config=family).build(tokenizer=byte_tokenizer(), sequence_length=16, seed=0).eval()
+        expected = model.eval().hf(ids).logits
+        assert (plain.hf(ids).logits - expected).abs().max() > 1e-3
+        model.adapter.merge()
+        torch.testing.assert_close(model.hf(ids).logits, expected, rtol=1e-6, atol=1e-6)
