@@ -44,7 +44,9 @@ _SIZES: dict[str, tuple[int, int]] = {}
 """Of adapters that were tried already, in this process."""
 
 
-def check_adapted(backbone: Backbone, config: PretrainedConfig, *, vocabulary: int, sequence_length: int) -> list[str]:
+def check_adapted(
+    backbone: Backbone, config: PretrainedConfig, vocabulary: int, sequence_length: int, precision: str
+) -> list[str]:
     """What is wrong with adapter and quantization, before weights load; one line each."""
     try:
         adapted_sizes(backbone, with_room(config, vocabulary))
@@ -59,6 +61,12 @@ def check_adapted(backbone: Backbone, config: PretrainedConfig, *, vocabulary: i
         problems.append(
             f"backbone.adapter: {more} virtual tokens before rows of {sequence_length} tokens exceed the model's "
             f"{positions} positions; lower num_virtual_tokens or sequence_length"
+        )
+    whole = kind_of(wanted) == "LN_TUNING" or getattr(wanted, "modules_to_save", None)
+    if whole and backbone.dtype in ("bfloat16", "float16") and precision == "32-true":
+        problems.append(
+            f"backbone.dtype: {backbone.dtype}, but whole modules are trained, in float32; set trainer.precision "
+            "bf16-mixed, or leave dtype out"
         )
     if kind_of(wanted) == "PREFIX_TUNING" and backbone.attention != NAME:
         problems.append(f"backbone.attention: {backbone.attention!r} has no prefixes; prefix tuning needs {NAME!r}")

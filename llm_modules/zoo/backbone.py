@@ -127,7 +127,7 @@ class Backbone:
         if self.adapter is not None or self.quantization is not None:
             from llm_modules.zoo.adapted import check_adapted
 
-            problems += check_adapted(self, config, vocabulary=vocabulary, sequence_length=sequence_length)
+            problems += check_adapted(self, config, vocabulary, sequence_length, precision)
         if self.pretrained and self.source is not None:
             check_weights(self.source)
         if problems:

@@ -17,7 +17,7 @@ def keep_trained_only(model: nn.Module) -> None:
     prefixes: list[str] = []
 
     def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in [name for name in state if name.startswith(prefix) and name[len(prefix) :] not in kept]:
+        for name in [name for name in state if name.startswith(prefix) and _own(name[len(prefix) :]) not in kept]:
             del state[name]
 
     def note_prefix(module: nn.Module, state: Any, prefix: str, *others: Any) -> None:
@@ -26,9 +26,16 @@ def keep_trained_only(model: nn.Module) -> None:
     def excuse(module: nn.Module, result: Any) -> None:
         prefix = prefixes.pop()
         result.missing_keys[:] = [
-            name for name in result.missing_keys if not name.startswith(prefix) or name[len(prefix) :] in kept
+            name for name in result.missing_keys if not name.startswith(prefix) or _own(name[len(prefix) :]) in kept
         ]
 
     model.register_state_dict_post_hook(leave_out)
     model.register_load_state_dict_pre_hook(note_prefix)
     model.register_load_state_dict_post_hook(excuse)
+
+
+def _own(name: str) -> str:
+    """A name without what wrappers (FSDP1, checkpointed or compiled modules) put into it."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name

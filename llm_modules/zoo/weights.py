@@ -72,12 +72,13 @@ def weights_digest(hf: nn.Module) -> str:
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, parameter in sorted(hf.named_parameters()):
-        flat = parameter.detach().cpu().contiguous().view(-1)
-        bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-        some = bits[:: max(1, len(bits) // 256)].long().tolist()
-        digest.update(
-            f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(bits.sum(dtype=torch.int64))} {some}".encode()
-        )
+        flat = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        flat = flat.clone() if flat.storage_offset() % 8 else flat
+        whole = len(flat) // 8 * 8
+        words, rest = flat[:whole].view(torch.int64), flat[whole:].tolist()
+        some = words[:: max(1, len(words) // 256)].tolist()
+        about = (name, tuple(parameter.shape), str(parameter.dtype), int(words.sum()), some, rest)
+        digest.update(repr(about).encode())
     return digest.hexdigest()
 
 

@@ -88,7 +88,6 @@ def test_first_weights_depend_on_the_seed_alone(adapter: Any) -> None:
     [
         ("bf16-mixed", None, torch.float32, torch.float32),
         ("bf16-mixed", "bfloat16", torch.bfloat16, torch.float32),
-        ("32-true", "bfloat16", torch.bfloat16, torch.float32),
         ("bf16-true", None, torch.bfloat16, torch.bfloat16),
     ],
 )
@@ -390,6 +389,16 @@ def test_mistakes_are_one_line_before_any_weight(adapter: Any, message: str, mon
 def test_prefixes_need_packed_attention() -> None:
     with pytest.raises(ValueError, match=r"backbone\.attention: 'sdpa' has no prefixes; prefix tuning needs 'packed'"):
         build({"class_path": "peft.PrefixTuningConfig", "init_args": {}}, attention="sdpa")
+
+
+@pytest.mark.parametrize("adapter", [{"class_path": "peft.LNTuningConfig"}, lora(modules_to_save=["lm_head"])])
+def test_whole_modules_in_full_precision_need_autocast_on_a_half_precision_base(adapter: Any) -> None:
+    with pytest.raises(ValueError, match=r"backbone\.dtype: bfloat16, but whole modules are trained, in float32"):
+        build(adapter, dtype="bfloat16")
+    model = stir(build(adapter, dtype="bfloat16", precision="bf16-mixed"))
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs(model).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.adapter.parameters())
 
 
 def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
