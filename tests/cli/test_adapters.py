@@ -97,6 +97,42 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 OVERLAYS = sorted(path.stem for path in (SHIPPED / "adapters").glob("*.yaml"))
 
 
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_overlay_goes_on_top_of_a_recipe(name: str) -> None:
+    from llm_modules.zoo import Backbone
+    from recipes.compose import compose
+
+    for base in ("sft/quickstart", "pretrain/quickstart"):
+        values = compose([base, f"adapters/{name}", "precision/bf16-mixed"]).values
+        fields = values["model"]["init_args"]["backbone"]
+        assert fields["config"]["model_type"] == "llama"
+        Backbone(**fields).check(vocabulary=260, sequence_length=64, precision="bf16-mixed")
+
+
+def test_adaloras_penalty_counts_once_an_optimizer_step() -> None:
+    """Whatever the accumulation: the difference that it makes to one step of plain gradient descent."""
+    from llm_modules.tokenizer import byte_tokenizer
+    from llm_modules.zoo import Backbone
+
+    rate, states = 0.1, {}
+    for weight in (0.0, 30.0):
+        words = ["-c", "adapters/adalora", "--model.backbone.adapter.orth_reg_weight", str(weight)]
+        words += ["--model.optimizer", f"{{class_path: torch.optim.SGD, init_args: {{lr: {rate}}}}}"]
+        words += ["--model.schedule", "null", "--trainer.gradient_clip_val", "null", "--trainer.max_steps", "1"]
+        run = fit(*words)
+        states[weight] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    fields = states[30.0]["litrecipes"]["adapter"]["backbone"]
+    model = Backbone(**fields).build(tokenizer=byte_tokenizer(), sequence_length=64, seed=7)
+    model.adapter.penalty().backward()
+    checked = 0
+    for name, p in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            made = states[30.0]["state_dict"][f"model.{name}"] - states[0.0]["state_dict"][f"model.{name}"]
+            torch.testing.assert_close(made, -rate * p.grad, rtol=1e-3, atol=1e-6)
+            checked += int(p.grad.abs().max() > 1e-3)
+    assert checked
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_overlay_trains_and_leaves(name: str, capsys: pytest.CaptureFixture[str]) -> None:
