@@ -57,7 +57,13 @@ def adapter_config(given: dict[str, Any] | str) -> PeftConfig | BottleneckConfig
     if find_spec("peft") is None:
         raise ValueError("backbone.adapter: needs `pip install peft`; or set it to null")
     if isinstance(given, str) and not re.fullmatch(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*", given):
-        return config_of_folder(given)
+        config: Any = config_of_folder(given)
+        if kind_of(config) == "P_TUNING" or getattr(config, "prefix_projection", False):
+            raise ValueError(
+                f"backbone.adapter: {given!r} holds the virtual tokens, without the network that made them; go on from "
+                "the run's checkpoint (--ckpt_path)"
+            )
+        return config
     values: dict[str, Any] = {"class_path": given} if isinstance(given, str) else dict(given)
     path, arguments = values.pop("class_path", None), dict(values.pop("init_args", None) or {})
     if not isinstance(path, str):

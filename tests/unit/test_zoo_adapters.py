@@ -237,6 +237,23 @@ def test_a_base_that_is_nowhere_else_comes_along(tmp_path: Path) -> None:
         torch.testing.assert_close(open_adapter(tmp_path / "moved").eval()(ids).logits, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"])
+def test_virtual_tokens_are_gone_on_with_where_their_folder_holds_all(name: str, tmp_path: Path) -> None:
+    adapter: Any = {"class_path": f"peft.{name}", "init_args": {"num_virtual_tokens": 4}}
+    if name == "PromptEncoderConfig":
+        adapter["init_args"]["encoder_hidden_size"] = 16
+    model = stir(build(adapter))
+    save(model, adapter, tmp_path)
+    if name == "PromptEncoderConfig":
+        with pytest.raises(ValueError, match="holds the virtual tokens, without the network that made them"):
+            build(str(tmp_path))
+        return
+    again = build(str(tmp_path))
+    assert torch.equal(logprobs(again), logprobs(model))
+    logprobs(again).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in again.adapter.parameters())
+
+
 def test_several_adapters_go_into_one_base(tmp_path: Path) -> None:
     """Folders of two runs on one base, side by side in plain peft."""
     from peft import PeftModel
