@@ -82,7 +82,7 @@ class ExportFolder(Callback):
                 **seen,
             }
             module: Any = pl_module
-            module.export(temporary, info)
+            module.export(temporary, {**info, "place": str(target)})
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)

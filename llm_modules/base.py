@@ -14,6 +14,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from llm_modules.optimizers import (
 from llm_modules.schedules import RunSchedule
 from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm
 from llm_modules.tokenizer import load_tokenizer
-from llm_modules.zoo import Backbone, CausalLM, describe_difference
+from llm_modules.zoo import Backbone, CausalLM, describe_difference, save_adapted
 
 CHECKPOINT_KEY = "litrecipes"
 CHECKPOINT_FORMAT = 1
@@ -92,7 +93,7 @@ class LLMModule(LightningModule):
     @property
     def vocabulary(self) -> int | None:
         """Token ids that the model knows; None before it is built."""
-        return None if self.model is None else int(self.model.hf.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        return None if self.model is None else len(self.model.hf.get_input_embeddings().weight)  # type: ignore[arg-type]
 
     # --- building
 
@@ -137,7 +138,9 @@ class LLMModule(LightningModule):
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self, self._kinds)
         if not groups:
-            raise ValueError("model: no parameter is trainable; unfreeze some, or use `recipes validate`")
+            raise ValueError("model: no parameter is trainable; a quantized one needs backbone.adapter, to be trained")
+        if self.model is not None and self.model.adapter is not None and self.model.adapter.prunes:
+            self.model.adapter.begin(self.run_steps())
         optimizer = self.optimizer_factory(groups)
         allow_mixed_layouts(optimizer)
         self._ways_to_step = ways_to_step(optimizer)
@@ -203,7 +206,10 @@ class LLMModule(LightningModule):
         self._add_sums(output, batch)
         if batch.micro_step == self.trainer.accumulate_grad_batches - 1:
             self._log_window()
-        return total * self.cancel_averaging()
+        total = total * self.cancel_averaging()
+        penalty = None if self.model is None or self.model.adapter is None else self.model.adapter.penalty()
+        # In each micro-batch and on each rank, of which what follows takes the mean: once a step.
+        return total if penalty is None else total + penalty
 
     def cancel_averaging(self) -> float:
         """The factor that undoes what Lightning and the strategy do to a loss that is already normalized.
@@ -272,7 +278,10 @@ class LLMModule(LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Steps, and frees the gradients at once: Lightning would keep them until the next backward pass, beside all
         the activations of the next forward pass."""
+        step = self.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.model is not None and self.model.adapter is not None:
+            self.model.adapter.after_step(step)
         if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed comes here once a micro-batch
             optimizer.zero_grad()
         elif (norm := getattr(self.trainer.strategy, "gradient_norm", None)) is not None:
@@ -353,6 +362,14 @@ class LLMModule(LightningModule):
             "tokens_seen": self.tokens_seen,
             "optimizer": self._optimizer,
         }
+        if self.model.adapter is not None:
+            checkpoint[CHECKPOINT_KEY]["adapter"] = {
+                "state": self.model.adapter.state(),
+                # What `recipes export` builds the base of again.
+                "backbone": {**json.loads(json.dumps(asdict(self.backbone))), "adapter": self.model.adapter.recipe},
+                "seed": self.seed,
+                "precision": str(self.trainer.precision),
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(CHECKPOINT_KEY)
@@ -363,6 +380,8 @@ class LLMModule(LightningModule):
         assert self.model is not None
         if difference := describe_difference(saved["backbone"], self.model.description()):
             raise ValueError(f"ckpt_path: a checkpoint of another model: {difference}")
+        if self.model.adapter is not None:
+            self.model.adapter.load_state(saved["adapter"]["state"])
         self._tokens_seen = saved["tokens_seen"]
         if self.trainer.state.fn == "fit":
             self._earlier_optimizer = saved.get("optimizer")
@@ -370,12 +389,20 @@ class LLMModule(LightningModule):
     def export(self, folder: str | Path, info: dict[str, Any] | None = None) -> None:
         """Writes an ordinary Hugging Face folder: weights, tokenizer, chat template, generation config, model card.
 
+        Of a model with an adapter, a folder that peft opens: the adapter alone, unmerged.
+
         Args:
             folder: made if missing.
-            info: facts for the model card: recipe, data, metrics, ...
+            info: facts for the model card: recipe, data, metrics, ...; ``place``: where the folder will lie in the end,
+                if it is renamed.
         """
         assert self.model is not None
         set_end_tokens(self.model.hf, self.tokenizer)
-        self.model.save_pretrained(folder)
+        if self.model.adapter is None:
+            self.model.save_pretrained(folder)
+        else:
+            info = {"adapter": self.model.adapter.kind, "base": self.model.base_name, **(info or {})}
+            built = {"tokenizer": self.tokenizer, "seed": self.seed, "precision": str(self.trainer.precision)}
+            save_adapted(self.model, self.backbone, folder, info.get("place"), **built)
         self.tokenizer.save_pretrained(str(folder))
         write_model_card(Path(folder), {"tokens_seen": self.tokens_seen, **(info or {})})

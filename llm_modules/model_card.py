@@ -13,12 +13,14 @@ def write_model_card(folder: Path, info: dict[str, Any]) -> Path:
     Args:
         folder: the exported model.
         info: ``recipe`` (name), ``data`` (list of sources), ``tokens_seen``, ``step``, ``weights`` (of which step),
-            ``base``, ``metrics`` (name -> value), ``config`` (resolved YAML text); whatever is missing is left out.
+            ``base``, ``adapter`` (method), ``metrics`` (name -> value), ``config`` (resolved YAML text); whatever is
+            missing is left out.
     """
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
+    library = "peft" if info.get("adapter") else "transformers"
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "---", ""]
     lines += [f"# {info.get('recipe', 'Language model')}", "", "Trained with LitRecipes.", ""]
     facts = {"Recipe": "recipe", "Optimizer steps": "step", "Weights": "weights", "Tokens seen": "tokens_seen"}
-    facts["Base model"] = "base"
+    facts |= {"Adapter": "adapter", "Base model": "base"}
     for title, key in facts.items():
         if info.get(key) is not None:
             value = info[key]
@@ -28,8 +30,16 @@ def write_model_card(folder: Path, info: dict[str, Any]) -> Path:
     if info.get("metrics"):
         lines += ["", "## Metrics", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.6g} |" for name, value in sorted(info["metrics"].items())]
-    lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += ['model = AutoModelForCausalLM.from_pretrained("FOLDER")']
+    lines += ["", "## Use", "", "```python"]
+    if info.get("adapter") == "BOTTLENECK":
+        lines[-1:] = ["`recipes generate -m FOLDER`, or:", "", "```python", "from llm_modules.zoo import open_adapter"]
+        lines += ["from transformers import AutoTokenizer", "", 'model = open_adapter("FOLDER")']
+    elif info.get("adapter"):
+        lines += ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", ""]
+        lines += ['model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")']
+    else:
+        lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        lines += ['model = AutoModelForCausalLM.from_pretrained("FOLDER")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```"]
     if info.get("config"):
         lines += ["", "## Configuration", "", "```yaml", info["config"].rstrip(), "```"]

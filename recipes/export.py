@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ EPILOG = """examples:
   recipes export runs/sft/quickstart/0 my-model                the run's best checkpoint (else its last)
   recipes export runs/sft/quickstart/0 my-model --which last
   recipes export runs/x/0/checkpoints/step-00000500.ckpt my-model --dtype bfloat16
+  recipes export runs/x/0 my-model --merge                     an adapter, merged into its base
   recipes export runs/x/0 my-model --average 5                 the mean of the weights of its last 5 checkpoints"""
 
 
@@ -48,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights; auto: as they are stored",
     )
     parser.add_argument("--tokenizer", metavar="FOLDER", help="if the run's tokenizer lies elsewhere now")
+    parser.add_argument(
+        "--merge", action="store_true", help="of a run with an adapter: an ordinary folder, the adapter merged into it"
+    )
+    parser.add_argument("--base", metavar="FOLDER", help="if the base of a run with an adapter lies elsewhere now")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
 
 
@@ -62,15 +69,51 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     checkpoint = read_checkpoint(path)
     tokenizer = open_tokenizer(checkpoint[CHECKPOINT_KEY], args.tokenizer, path)
-    model = build_model(checkpoint[CHECKPOINT_KEY], weights_of(checkpoint, paths), path)
-    if args.dtype != "auto":
-        cast(model, args.dtype)
     facts = facts_of(checkpoint, path, paths)
-    write(model, tokenizer, facts, out)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    weights = weights_of(checkpoint, paths)
+    if "adapter" in checkpoint[CHECKPOINT_KEY]:
+        count = _export_adapter(args, checkpoint[CHECKPOINT_KEY], weights, tokenizer, facts, path)
+    elif args.merge or args.base:
+        raise UserError(f"{'--merge' if args.merge else '--base'}: {path.name} holds a whole model, no adapter")
+    else:
+        weights = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
+        model = build_model(checkpoint[CHECKPOINT_KEY], weights, path)
+        if args.dtype != "auto":
+            cast(model, args.dtype)
+        write(model, tokenizer, facts, out, model.save_pretrained)
+        count = sum(parameter.numel() for parameter in model.parameters())
     source = display(path.absolute()) if len(paths) == 1 else f"the mean of {len(paths)} checkpoints"
     print(f"{display(out.absolute())}: {count:,} parameters of {source}")
     return 0
+
+
+def _export_adapter(
+    args: argparse.Namespace,
+    about: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict[str, Any],
+    path: Path,
+) -> int:
+    """Writes what a checkpoint with an adapter gives; returns the number of parameters written."""
+    from llm_modules.zoo import save_adapted
+    from recipes.export_adapter import build
+
+    if args.dtype != "auto" and not args.merge:
+        raise UserError(f"--dtype {args.dtype}: an adapter is written as it was trained; it goes with --merge")
+    out = Path(args.out).expanduser()
+    model, backbone = build(about, weights, tokenizer, path, base=args.base, merge=args.merge)
+    if args.merge:
+        if args.dtype != "auto":
+            cast(model.hf, args.dtype)
+        write(model.hf, tokenizer, {**facts, "base": model.base_name}, out, model.save_pretrained)
+        return sum(parameter.numel() for parameter in model.hf.parameters())
+    assert model.adapter is not None
+    built = {"seed": about["adapter"]["seed"], "precision": about["adapter"]["precision"]}
+    facts = {**facts, "adapter": model.adapter.kind, "base": model.base_name}
+    save = partial(save_adapted, model, backbone, place=out, tokenizer=tokenizer, **built)
+    write(model.hf, tokenizer, facts, out, save)
+    return sum(value.numel() for value in weights.values())
 
 
 # --- what is asked for ----------------------------------------------------------------------------------------------
@@ -145,7 +188,7 @@ def check_out(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{out}: is there and not empty; name another folder, or --overwrite")
-    if not (out / "config.json").is_file():
+    if not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"--overwrite: {out} is no model folder (it has no config.json); remove it yourself")
 
 
@@ -166,13 +209,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of LitRecipes (no {CHECKPOINT_KEY!r} entry in it)")
     if about["format"] > CHECKPOINT_FORMAT:
         raise UserError(f"{path}: made by a newer LitRecipes (format {about['format']}); update the package")
-    if not any(name.startswith(PREFIX) for name in checkpoint["state_dict"]):
+    if not any(name.startswith((PREFIX, "model.virtual.")) for name in checkpoint["state_dict"]):
         raise UserError(f"{path}: holds no weights named {PREFIX}*, as those of a language model are")
     return checkpoint
 
 
 def weights_of(checkpoint: dict[str, Any], paths: list[Path]) -> dict[str, torch.Tensor]:
-    """The model's weights: of ``checkpoint``, the last of ``paths``, or the mean of all of these.
+    """The model's weights by their names in the checkpoint: of the last of ``paths``, or the mean of all of these.
 
     Raises:
         ValueError: one of them cannot be read or is of another model.
@@ -187,7 +230,7 @@ def weights_of(checkpoint: dict[str, Any], paths: list[Path]) -> dict[str, torch
             if difference := describe_difference(other, checkpoint[CHECKPOINT_KEY]["backbone"]):
                 raise UserError(f"--average: {path.name} is of another model than {paths[-1].name}: {difference}")
         state = mean_of_checkpoints(paths)
-    return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    return {name: value for name, value in state.items() if name.startswith("model.")}
 
 
 def build_model(about: dict[str, Any], weights: dict[str, torch.Tensor], path: Path) -> PreTrainedModel:
@@ -307,8 +350,17 @@ def metrics_at(path: Path, step: int) -> dict[str, float]:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any], out: Path) -> None:
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict[str, Any],
+    out: Path,
+    save: Callable[[Path], None],
+) -> None:
     """Writes the folder under a temporary name and renames it, so that it is there whole or not at all.
+
+    Args:
+        save: writes the weights into the folder that it is given.
 
     Raises:
         UserError: the disk is full or not writable; what was there is as it was.
@@ -322,7 +374,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dic
     set_end_tokens(model, tokenizer)
     try:
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
+        save(temporary)
         tokenizer.save_pretrained(str(temporary))
         write_model_card(temporary, facts)
         _put(temporary, out)

@@ -24,7 +24,7 @@ def find_model(name: str) -> Path | str:
     """
     folder = Path(name).expanduser()
     for candidate in (folder, folder / "export"):
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
             return _complete(candidate)
     if (folder / "checkpoints").is_dir():
         raise UserError(f"-m {name}: a run that was not exported yet; write its model with: recipes export {name} OUT")
@@ -71,9 +71,12 @@ def open_model(source: Path | str, dtype: str, device: str) -> tuple[PreTrainedM
     logging.disable_progress_bar()
     try:
         tokenizer = load_tokenizer(str(source))
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True
-        )
+        kind = dtype if dtype == "auto" else getattr(torch, dtype)
+        if isinstance(source, Path) and (source / "adapter_config.json").is_file():
+            from llm_modules.zoo import open_adapter
+
+            return open_adapter(source, dtype=kind).to(place).eval(), tokenizer
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, use_safetensors=True)
     except Exception as error:
         if not isinstance(error, (OSError, ValueError, KeyError, RuntimeError)) and "Safetensor" not in repr(
             type(error)

@@ -34,8 +34,14 @@ def check_before_training(cli: RecipeCLI, *, verbose: bool, full: bool) -> None:
         UserError, ValueError: what is fatal.
     """
     config = check_model(cli)
+    backbone = getattr(cli.model, "backbone", None)
+    if config is not None and backbone.quantization is not None and backbone.adapter is None:
+        raise UserError(
+            f"`model.init_args.backbone.quantization` is {backbone.quantization}, whose weights cannot be trained; "
+            "add an adapter (-c adapters/lora), or set it to null"
+        )
     if config is not None and getattr(cli.datamodule, "flat", False):
-        cli.model.backbone.check_packing(config)
+        backbone.check_packing(config)
     report = audit(cli)
     if report is not None and report.fatal:
         raise UserError("\n".join(report.fatal))

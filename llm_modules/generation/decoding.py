@@ -45,13 +45,16 @@ class Decoder:
 
     def __init__(self, settings: Generator, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.settings = settings
-        self.hf = getattr(model, "hf", model)
+        self.hf = getattr(model, "generation_model", None) or getattr(model, "hf", model)
+        peft = getattr(self.hf, "active_peft_config", None)  # of peft's own model, where there are virtual tokens
+        self.virtual = 0 if peft is None else int(getattr(peft, "num_virtual_tokens", None) or 0)
         self.tokenizer = tokenizer
         special, self.stop = stop_tokens(tokenizer, settings.stop)
         self.end_ids = sorted({*end_token_ids(self.hf, tokenizer), *special})
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad_id = int(pad if pad is not None else 0)  # any id will do: padding is masked
-        self.positions = positions_of(self.hf.config)
+        positions = positions_of(self.hf.config)
+        self.positions = None if positions is None else positions - self.virtual
         if self.positions is not None and settings.max_new_tokens >= self.positions:
             raise ValueError(
                 f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the model's {self.positions} "
@@ -65,8 +68,9 @@ class Decoder:
             restore.callback(setattr, module, "training", module.training)
         hf.eval()
         # A folder's own defaults (Qwen's repetition penalty, a temperature) must not mix into the settings.
-        restore.callback(setattr, hf, "generation_config", hf.generation_config)
-        hf.generation_config = GenerationConfig()
+        for owner in [hf, hf.get_base_model()] if self.virtual else [hf]:
+            restore.callback(setattr, owner, "generation_config", owner.generation_config)
+            owner.generation_config = GenerationConfig()
         if any(module._compiled_call_impl is not None for module in hf.modules()):
             # Caches would have blocks that were compiled for training compiled again and again, up to the limit after
             # which training, too, is no longer compiled.
@@ -183,7 +187,7 @@ class Decoder:
             return 0.0
         device = self.hf.get_input_embeddings().weight.device
         tokens = torch.tensor([prompt_ids + ids], device=device)
-        logits = self.hf(tokens, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
+        logits = self.hf(tokens, use_cache=False).logits[0, -tokens.shape[1] :][len(prompt_ids) - 1 : -1]
         targets = tokens[0, len(prompt_ids) :, None]
         return float(logits.float().log_softmax(-1).gather(-1, targets).double().sum())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_modules.zoo.adapted import open_adapter, save_adapted
     from llm_modules.zoo.backbone import Backbone
     from llm_modules.zoo.causal_lm import CausalLM
     from llm_modules.zoo.description import describe_difference
@@ -18,9 +19,20 @@ _WHERE = {
     "PeakMemory": "memory",
     "TokenFlops": "estimate",
     "describe_difference": "description",
+    "open_adapter": "adapted",
+    "save_adapted": "adapted",
 }
 
-__all__ = ["Backbone", "CausalLM", "ModelSummary", "PeakMemory", "TokenFlops", "describe_difference"]
+__all__ = [
+    "Backbone",
+    "CausalLM",
+    "ModelSummary",
+    "PeakMemory",
+    "TokenFlops",
+    "describe_difference",
+    "open_adapter",
+    "save_adapted",
+]
 
 
 def __getattr__(name: str) -> Any:

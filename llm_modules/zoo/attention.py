@@ -94,6 +94,8 @@ def packed_attention(
     """
     if s_aux is not None:
         raise ValueError(f"attention: {NAME!r} has no attention sinks; set `attention: eager` and `packing: none`")
+    if (prefix := kwargs.get("key_value_prefix")) is not None:  # of prefix tuning, see virtual_tokens.py
+        key, value = prefix.put(module.layer_idx, key, value)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and causal and query.shape[2] == key.shape[2]
     plain = plain and kwargs.get("position_bias") is None and kwargs.get("cache") is None

@@ -22,6 +22,7 @@ from llm_modules.zoo.configuration import (
     with_room,
 )
 from llm_modules.zoo.head import HeadKind, check_head_kind
+from llm_modules.zoo.quantization import Quantization, check_quantization
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
-_TRUE_PRECISION = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
+TRUE_PRECISION = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
 
 
 @dataclass
@@ -55,6 +56,10 @@ class Backbone:
             comparison); ``liger`` uses liger-kernel (CUDA).
         head_chunk: tokens that the chunked head scores at once.
         lean: norms and gated MLPs keep less for the backward pass (on a CPU, not compiled); the same numbers.
+        adapter: what is trained instead of the model: ``class_path`` and ``init_args`` of a config of peft
+            (peft.LoraConfig, ...) or of ``llm_modules.zoo.bottleneck.BottleneckConfig``, or the folder of a trained
+            adapter to go on with.
+        quantization: the frozen base in 4 or 8 bits (bitsandbytes); to train, it takes an adapter.
         trust_remote_code: run Python code that the source brings.
     """
 
@@ -68,6 +73,8 @@ class Backbone:
     head: HeadKind = "chunked"
     head_chunk: int = DEFAULT_CHUNK
     lean: bool = True
+    adapter: dict[str, Any] | str | None = None
+    quantization: Quantization | None = None
     trust_remote_code: bool = False
 
     @property
@@ -117,6 +124,10 @@ class Backbone:
                 f"backbone.config.{dropout}: {getattr(config.get_text_config(), dropout)}, but attention {NAME!r} has "
                 "no dropout; set it to 0.0"
             )
+        if self.adapter is not None or self.quantization is not None:
+            from llm_modules.zoo.adapted import check_adapted
+
+            problems += check_adapted(self, config, vocabulary, sequence_length, precision)
         if self.pretrained and self.source is not None:
             check_weights(self.source)
         if problems:
@@ -124,7 +135,13 @@ class Backbone:
         return config
 
     def build(
-        self, *, tokenizer: PreTrainedTokenizerBase, sequence_length: int, seed: int, precision: str = "32-true"
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        seed: int,
+        precision: str = "32-true",
+        dequantize: bool = False,
     ) -> CausalLM:
         """The model, on the CPU; weights depend on ``seed`` (or the source) only, and no random state is touched.
 
@@ -133,6 +150,7 @@ class Backbone:
             sequence_length: longest row in tokens.
             seed: of random weights.
             precision: the trainer's; decides the dtype if ``dtype`` does not.
+            dequantize: ordinary layers with the values of the quantized ones, to merge an adapter into.
 
         Raises:
             ValueError: what ``check`` finds, weights that cannot be loaded, a family that our head does not know.
@@ -146,7 +164,7 @@ class Backbone:
         register()
         config = self.check(vocabulary=len(tokenizer), sequence_length=sequence_length, precision=precision)
         set_special_ids(config, tokenizer)
-        dtype = getattr(torch, self.dtype or _TRUE_PRECISION.get(precision, "float32"))
+        dtype = getattr(torch, self.dtype or TRUE_PRECISION.get(precision, "float32"))
         with fixed_seed(seed):
             problem = packing_problem(config, self.attention)
             hf = self._weights(config, len(tokenizer), dtype, seed)
@@ -154,12 +172,16 @@ class Backbone:
             set_generation_ids(hf, tokenizer)
             model = CausalLM(hf, head=self.head, head_chunk=self.head_chunk, packing_problem=problem)
             check_head(model)
+        if self.lean and not self.compile:
+            make_lean(hf)
+        if self.adapter is not None or self.quantization is not None:
+            from llm_modules.zoo.adapted import adapt
+
+            adapt(self, model, tokens=len(tokenizer), seed=seed, precision=precision, dequantize=dequantize)
         if self.activation_checkpointing:
             _checkpoint_activations(hf)
         if self.compile:
             model.compile_blocks()
-        elif self.lean:
-            make_lean(hf)
         # from_pretrained gives a model in evaluation mode, which would train without dropout.
         return model.train()
 
@@ -207,14 +229,22 @@ class Backbone:
         Raises:
             ValueError: what ``check`` finds.
         """
+        from llm_modules.zoo.adapted import adapted_sizes, memory_of_base
         from llm_modules.zoo.estimate import summarize
         from llm_modules.zoo.memory import peak_memory
 
         config = self.final_config(vocabulary=vocabulary, sequence_length=sequence_length, precision=precision)
         summary = summarize(config, sequence_length=sequence_length)
+        trained: int | None = None
+        if self.adapter is not None or self.quantization is not None:
+            parameters, trained = adapted_sizes(self, config)
+            flops = replace(summary.flops, trained=min(1.0, trained / summary.parameters))
+            summary = replace(summary, parameters=parameters, trained=trained, flops=flops)
         memory = peak_memory(
             config,
             parameters=summary.parameters,
+            trainable=trained,
+            weights=None if trained is None else memory_of_base(self, config, summary.parameters, trained, precision),
             tokens=tokens,
             precision=precision,
             optimizer=optimizer,
@@ -270,7 +300,7 @@ class Backbone:
             raise ValueError(
                 f"backbone.dtype: unknown value {self.dtype!r}{nearest(self.dtype, list(get_args(Dtype)))}"
             )
-        wanted = _TRUE_PRECISION.get(precision)  # 32-true is what a trainer says by default, and casts nothing
+        wanted = TRUE_PRECISION.get(precision)  # 32-true is what a trainer says by default, and casts nothing
         if self.dtype is not None and wanted is not None and self.dtype != wanted:
             raise ValueError(
                 f"backbone.dtype: {self.dtype}, but trainer.precision {precision} means {wanted}; leave one out"
@@ -279,6 +309,8 @@ class Backbone:
         if self.attention not in kinds:
             raise ValueError(f"backbone.attention: unknown value {self.attention!r}{nearest(self.attention, kinds)}")
         check_head_kind(self.head, self.head_chunk)
+        if self.quantization is not None:
+            check_quantization(self.quantization)
 
 
 def _checkpoint_activations(hf: PreTrainedModel) -> None:

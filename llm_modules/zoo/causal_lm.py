@@ -5,7 +5,9 @@ Shape legend: B rows, T positions, N = B * T, M trained positions, H hidden size
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,16 @@ from llm_modules.zoo.attention import training_layout
 from llm_modules.zoo.description import describe
 from llm_modules.zoo.estimate import token_flops
 from llm_modules.zoo.head import HeadKind, ScoringHead, head_transform
+from llm_modules.zoo.trained_state import keep_trained_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from llm_modules.zoo.adapters import Adapter
+    from llm_modules.zoo.virtual_tokens import VirtualTokens
+
+BASE_FILE, BASE_FOLDER = "base.json", "base"
+"""In an adapter's folder: what base it is for, and that base where it is nowhere else."""
 
 
 class CausalLM(nn.Module):
@@ -33,6 +42,9 @@ class CausalLM(nn.Module):
         head: scores hidden states under the model's own output weights.
         flops: what a token costs.
         packing_problem: why packed documents would see each other in this model; None where they do not.
+        adapter: what is trained of it; None: the model itself.
+        virtual: virtual tokens before each document; None for most adapters.
+        base: what the weights under an adapter are (see ``weights.base_description``).
     """
 
     def __init__(
@@ -49,6 +61,10 @@ class CausalLM(nn.Module):
         self.hf = hf
         self.head = ScoringHead(head_transform(hf.config), kind=head, chunk=head_chunk)
         self.packing_problem = packing_problem
+        self.adapter: Adapter | None = None
+        self.virtual: VirtualTokens | None = None
+        self.base: dict[str, Any] | None = None
+        self._head_type, self._head_is_adapted = type(hf.get_output_embeddings()), False
         # Now: a sharded model no longer knows its own size.
         self._description = describe(hf)
         self.flops = token_flops(hf)
@@ -81,11 +97,14 @@ class CausalLM(nn.Module):
         hidden_BTH = self.hidden_states(input_ids, position_ids, document_offsets, max_document)
         index = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
         hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, index)
-        output = self.hf.get_output_embeddings()
+        output, targets_M = self.hf.get_output_embeddings(), targets.flatten().index_select(0, index)
+        if self._head_is_adapted:
+            logprobs, log_normalizer, mean_logprob = self.head.through(output, hidden_MH, targets_M, statistics)
+            return TokenScores(logprobs, index, log_normalizer, mean_logprob)
         logprobs, log_normalizer, mean_logprob = self.head(
             hidden_MH,
             output.weight,
-            targets.flatten().index_select(0, index),
+            targets_M,
             getattr(output, "bias", None),
             statistics=statistics,
             uniform=uniform,
@@ -110,10 +129,53 @@ class CausalLM(nn.Module):
                 "max_length_q": longest,
                 "max_length_k": longest,
             }
+        if self.virtual is not None:
+            return self._with_virtual_tokens(self.virtual, input_ids, position_ids, document_offsets, layout)
         with training_layout():
             return self.hf.base_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout
             ).last_hidden_state
+
+    def _with_virtual_tokens(
+        self, virtual: VirtualTokens, input_ids: Tensor, position_ids: Tensor, offsets: Tensor | None, layout: Any
+    ) -> Tensor:
+        """(B, T, H) final hidden states of the real tokens."""
+        laid = virtual.layout(self.hf.get_input_embeddings(), input_ids, position_ids, offsets)
+        if laid.offsets is not None:
+            longest = layout["max_length_q"] + virtual.count
+            layout = {"cu_seq_lens_q": laid.offsets, "cu_seq_lens_k": laid.offsets}
+            layout |= {"max_length_q": longest, "max_length_k": longest}
+        if laid.prefix is not None:
+            layout = {**layout, "key_value_prefix": laid.prefix}
+        with training_layout():
+            states = self.hf.base_model(
+                inputs_embeds=laid.embeddings, position_ids=laid.positions, use_cache=False, **layout
+            ).last_hidden_state
+        return states.index_select(1, laid.real)
+
+    def adapt(self, adapter: Adapter, base: dict[str, Any]) -> None:
+        """Take an adapter that was put into ``hf``: from now on it alone is trained, saved and loaded.
+
+        Args:
+            base: what the weights under it are.
+        """
+        from llm_modules.zoo.virtual_tokens import VirtualTokens
+
+        self.adapter, self.base = adapter, base
+        if adapter.prompt_encoder is not None:
+            self.virtual = VirtualTokens(adapter.prompt_encoder, adapter.config)
+        head: Any = self.hf.get_output_embeddings()
+        # Of a wrapped head `weight` is the base's, except where a copy of the whole module is trained.
+        self._head_is_adapted = type(head) is not self._head_type and type(head).__name__ != "ModulesToSaveWrapper"
+        self._description |= {"adapter": adapter.description, "base": base}
+        trained = sum(p.numel() for p in adapter.parameters())
+        self.flops = replace(self.flops, trained=min(1.0, trained / self._description["parameters"]))
+        keep_trained_only(self)
+
+    @property
+    def generation_model(self) -> Any:
+        """What transformers' ``generate`` is called on: peft's model where there are virtual tokens."""
+        return self.hf if self.adapter is None or self.virtual is None else self.adapter.peft_model
 
     def compile_blocks(self) -> None:
         """Compile each decoder block in place; names of parameters stay as they are.
@@ -135,7 +197,13 @@ class CausalLM(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
         """A change of dtype leaves fp32 buffers: rotary frequencies in bf16 would put tokens at wrong positions."""
-        kept = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
+        kept = {
+            f"{owner}.{name}": buffer
+            for owner, module in self.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            # peft's are factors of matrix products, in the dtype of the others.
+            if buffer.dtype == torch.float32 and not type(module).__module__.startswith("peft.")
+        }
         super()._apply(fn, recurse)
         for name, before in kept.items():
             owner, _, leaf = name.rpartition(".")
@@ -155,3 +223,26 @@ class CausalLM(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (config, generation config, safetensors)."""
         self.hf.save_pretrained(folder)
+
+    @property
+    def base_name(self) -> str | None:
+        """What the weights under an adapter are, in words."""
+        if self.base is None or self.base["seed"] is None:
+            return None if self.base is None else str(self.base["source"])
+        return f"random weights of seed {self.base['seed']}"
+
+    def save_adapter(self, folder: str | Path, place: str | Path | None = None) -> None:
+        """Write a folder that peft opens, and ``base.json``, which says what base it is for.
+
+        A base that is nowhere else (made from a seed, or with rows added for new tokens) is written into ``base/``.
+
+        Args:
+            folder: made if missing.
+            place: where the folder will lie in the end, if it is renamed.
+        """
+        assert self.adapter is not None
+        assert self.base is not None
+        folder = Path(folder)
+        source = self.base["source"] if self.base["as_it_is"] else str(Path(place or folder).absolute() / BASE_FOLDER)
+        self.adapter.save(folder, source)
+        (folder / BASE_FILE).write_text(json.dumps(self.base, indent=2) + "\n", encoding="utf-8")

@@ -37,21 +37,28 @@ _NAMED = 6
 def describe(hf: nn.Module) -> dict[str, Any]:
     """Family, the config's values that shape the model, and the number of parameters."""
     config: PretrainedConfig = hf.config  # type: ignore[assignment]
-    values = {k: v for k, v in config.to_dict().items() if k not in _NOT_THE_MODEL and not k.startswith("_")}
     return {
         "model_type": config.model_type,
         "parameters": sum(p.numel() for p in hf.parameters()),
-        "config": _plain(values),
+        "config": config_values(config),
     }
+
+
+def config_values(config: PretrainedConfig) -> dict[str, Any]:
+    """The values of a config that shape the model."""
+    return _plain({k: v for k, v in config.to_dict().items() if k not in _NOT_THE_MODEL and not k.startswith("_")})
 
 
 def describe_difference(saved: dict[str, Any], current: dict[str, Any]) -> str:
     """In one line what differs, ``key saved -> current``; empty if nothing does."""
     before, now = _flat(saved), _flat(current)
+    if "base" in saved and "base" in current and saved["base"]["digest"] != current["base"]["digest"]:
+        return f"the adapter's base is {_base(saved['base'])}, not {_base(current['base'])}"
     if before.get("model_type") != now.get("model_type"):  # then every other difference is noise
         keys = ["model_type", "parameters"]
     else:
-        keys = sorted({*before, *now} - {"config.model_type"}, key=lambda key: (key.count("."), key))
+        ignored = {"config.model_type", "base.source", "base.seed", "base.dtype", "base.as_it_is", "base.digest"}
+        keys = sorted({*before, *now} - ignored, key=lambda key: (key.count("."), key))
     absent = object()
     different = [key for key in keys if before.get(key, absent) != now.get(key, absent)]
     parts = [
@@ -61,6 +68,12 @@ def describe_difference(saved: dict[str, Any], current: dict[str, Any]) -> str:
     if len(different) > _NAMED:
         parts.append(f"and {len(different) - _NAMED} more")
     return ", ".join(parts)
+
+
+def _base(base: dict[str, Any]) -> str:
+    """Where a base's weights come from, in words."""
+    source = repr(base["source"]) if base["seed"] is None else f"random weights of seed {base['seed']}"
+    return f"{source} (weights {base['digest'][:8]}, {base['dtype']})"
 
 
 def _plain(value: Any) -> Any:

@@ -43,12 +43,14 @@ class TokenFlops:
         head: of one forward pass, for a token whose next token is trained.
         attention: of one forward pass, for each position of the document: one entry a layer.
         windows: the layers' sliding windows in positions, None where a layer has none.
+        trained: share of the weights whose gradient is computed; with an adapter nearly none.
     """
 
     weights: float
     head: float
     attention: tuple[float, ...]
     windows: tuple[int | None, ...]
+    trained: float = 1.0
 
     def forward(self, length: float, trained_share: float = 1.0) -> float:
         """One forward pass, for a token of a document of ``length`` tokens of which ``trained_share`` are trained."""
@@ -57,8 +59,9 @@ class TokenFlops:
         return self.weights + self.head * trained_share + scores
 
     def training(self, length: float, trained_share: float = 1.0) -> float:
-        """Forward and backward pass (twice the forward's)."""
-        return 3 * self.forward(length, trained_share)
+        """Forward and backward pass (twice the forward's; once for weights that are frozen)."""
+        frozen = (1 - self.trained) * (self.weights + self.head * trained_share)
+        return 3 * self.forward(length, trained_share) - frozen
 
 
 def token_flops(model: PreTrainedModel) -> TokenFlops:
@@ -112,6 +115,7 @@ class ModelSummary:
         flops: FLOPs a token.
         sequence_length: longest row of the run in tokens.
         memory: peak memory of training; None where it was not asked for.
+        trained: number of the parameters that are trained; None: all.
     """
 
     family: str
@@ -124,6 +128,7 @@ class ModelSummary:
     flops: TokenFlops
     sequence_length: int
     memory: PeakMemory | None = None
+    trained: int | None = None
 
     def __str__(self) -> str:
         """A few aligned lines."""
@@ -133,6 +138,8 @@ class ModelSummary:
             ("parameters", f"{self.parameters:,} ({self.embedding:,} of the vocabulary)"),
             ("FLOPs", f"{si(training)} a trained token, at documents of {self.sequence_length:,} tokens"),
         ]
+        if self.trained is not None:
+            lines.insert(2, ("trained", f"{self.trained:,} ({self.trained / self.parameters:.2%})"))
         if self.memory is not None:
             lines += self.memory.lines()
         return "\n".join(f"{name:<11} {text}" for name, text in lines)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llm_modules.logprobs import DEFAULT_CHUNK, HeadTransform, linear_logprobs
 
@@ -91,6 +92,25 @@ class ScoringHead(nn.Module):
             statistics=statistics,
             chunk=self.chunk,
         )
+
+    def through(
+        self, module: nn.Module, hidden_MH: Tensor, targets_M: Tensor, statistics: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As ``forward``, under a head that is more than a weight (one with an adapter on it).
+
+        Some targets at a time, whose logits are computed again in the backward pass.
+        """
+
+        def scored(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = self.transform(module(hidden).float())
+            log_normalizer = logits.logsumexp(-1)
+            logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normalizer
+            return logprobs, log_normalizer, logits.mean(-1) - log_normalizer
+
+        parts = zip(hidden_MH.split(self.chunk), targets_M.split(self.chunk), strict=True)
+        scores = [checkpoint(scored, hidden, targets, use_reentrant=False) for hidden, targets in parts]
+        logprobs, log_normalizer, mean = (torch.cat(column) for column in zip(*scores, strict=True))
+        return (logprobs, log_normalizer, mean) if statistics else (logprobs, None, None)
 
     def _plain(self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, statistics: bool) -> Any:
         logits = self.transform(nn.functional.linear(hidden, weight, bias).float())

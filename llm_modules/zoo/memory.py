@@ -86,6 +86,7 @@ def peak_memory(
     head: str = "chunked",
     head_chunk: int = DEFAULT_CHUNK,
     trainable: int | None = None,
+    weights: int | None = None,
     accumulate: int = 1,
     lean: bool = True,
     device: str = "cpu",
@@ -100,7 +101,9 @@ def peak_memory(
         optimizer: makes the optimizer of parameters (as in a recipe); None: AdamW.
         trained_share: share of the positions whose next token is trained.
         activation_checkpointing, attention, head, head_chunk, lean: the backbone's.
-        trainable: number of trainable parameters; None: all.
+        trainable: number of trainable parameters; None: all. (What an adapter's own layers keep for the backward pass
+            is not counted: a tenth more with LoRA on all layers, twice as much with DoRA.)
+        weights: bytes of all weights, where they are not all of the precision's dtype (a quantized base).
         accumulate: micro-batches in an optimizer step.
         device: ``cpu`` or ``cuda``. On a CPU, glibc's heap is left with holes that the next tensors do not fit in: as
             measured, about as much as the activations and half the head's (the other fields are the bytes in use).
@@ -112,7 +115,7 @@ def peak_memory(
     )
     scoring = head_bytes(config, round(tokens * trained_share), precision, head, head_chunk, device)
     return PeakMemory(
-        weights=parameters * size,
+        weights=parameters * size if weights is None else weights,
         gradients=trained * size,
         optimizer=int(trained * size * optimizer_state(optimizer)) if optimizer else 2 * trained * size,
         activations=activations,

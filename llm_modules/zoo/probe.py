@@ -91,6 +91,38 @@ def packing_problem(config: PretrainedConfig, attention: str) -> str | None:
     return None if _close(packed, alone) else "its layers let documents of one row see each other"
 
 
+def adapter_problem(
+    config: PretrainedConfig, attention: str, adapter: dict[str, Any] | str, quantization: Any
+) -> str | None:
+    """Why a method of peft does not compute in our model what it does in peft's, or None; a small copy is tried."""
+    from llm_modules.zoo.adapters import make_adapter
+    from llm_modules.zoo.quantization import quantize
+
+    trial = _trial_model(config, NAME if attention.startswith("flash") else attention)
+    ids = torch.arange(sum(_DOCUMENTS))[None] * 7 % 61 + 1
+    ends = torch.tensor([0, *_DOCUMENTS]).cumsum(0).int()
+    positions = torch.cat([torch.arange(n) for n in _DOCUMENTS])[None]
+    try:
+        if quantization is not None:
+            quantize(trial.hf, quantization, torch.float32)
+        made = make_adapter(adapter, trial.hf, seed=0, dtype=torch.float32)
+        trial.adapt(made, {})
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+            ours = _each_alone(trial, ids, positions, ends)
+            theirs = [made.peft_model(input_ids=ids[:, a:b]).logits[:, a - b :] for a, b in pairwise(ends.tolist())]
+            packed = trial.hidden_states(ids, positions, ends, max(_DOCUMENTS))
+            head = trial.hf.get_output_embeddings()
+            same = _close(trial.head.transform(head(ours)), torch.cat(theirs, 1))  # type: ignore[operator]
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if not same:
+        return "it does more than put layers into the model"
+    packs = config.model_type not in PROVED or _close(packed, ours)  # a family that does not pack is told of elsewhere
+    return None if packs else "it lets documents of one row see each other"
+
+
 def _each_alone(model: CausalLM, ids: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([model.hidden_states(ids[:, a:b], positions[:, a:b]) for a, b in pairwise(ends.tolist())], 1)
 

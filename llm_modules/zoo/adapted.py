@@ -1,0 +1,241 @@
+"""A backbone whose base is frozen: what is checked of adapter and quantization, how both are put in, what they take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_modules.zoo.adapter_config import (
+    adapter_config,
+    config_of_folder,
+    kind_of,
+    name_targets,
+    one_line,
+    virtual_tokens,
+)
+from llm_modules.zoo.adapters import Adapter, check_adapter, make_adapter
+from llm_modules.zoo.attention import NAME
+from llm_modules.zoo.causal_lm import BASE_FILE, BASE_FOLDER, CausalLM
+from llm_modules.zoo.configuration import local_folder, with_room
+from llm_modules.zoo.description import config_values, describe_difference
+from llm_modules.zoo.quantization import check_layers, dequantize, quantizable, quantize, quantized_bytes
+from llm_modules.zoo.weights import weights_digest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from llm_modules.zoo.backbone import Backbone
+
+PROVED = frozenset({
+    "ADALORA", "BOTTLENECK", "IA3", "LN_TUNING", "LORA", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "VERA",
+    "BOFT", "C3A", "FOURIERFT", "HRA", "LOHA", "LOKR", "MISS", "RANDLORA", "TRAINABLE_TOKENS", "VBLORA",
+})  # fmt: skip
+"""Methods for which the tests prove that the model computes what peft's does; others are tried when it is built."""
+
+PROVED_QUANTIZED = frozenset({
+    "ADALORA", "BOTTLENECK", "IA3", "LN_TUNING", "LORA", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "VERA",
+})  # fmt: skip
+
+_SIZES: dict[str, tuple[int, int]] = {}
+"""Of adapters that were tried already, in this process."""
+
+
+def check_adapted(
+    backbone: Backbone, config: PretrainedConfig, vocabulary: int, sequence_length: int, precision: str
+) -> list[str]:
+    """What is wrong with adapter and quantization, before weights load; one line each."""
+    try:
+        adapted_sizes(backbone, with_room(config, vocabulary))
+    except ValueError as error:
+        return [str(error)]
+    if backbone.adapter is None:
+        return []
+    wanted, problems = adapter_config(backbone.adapter), []
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    more = virtual_tokens(wanted)
+    if more and positions is not None and sequence_length <= positions < sequence_length + more:
+        problems.append(
+            f"backbone.adapter: {more} virtual tokens before rows of {sequence_length} tokens exceed the model's "
+            f"{positions} positions; lower num_virtual_tokens or sequence_length"
+        )
+    whole = kind_of(wanted) == "LN_TUNING" or getattr(wanted, "modules_to_save", None)
+    if whole and backbone.dtype in ("bfloat16", "float16") and precision == "32-true":
+        problems.append(
+            f"backbone.dtype: {backbone.dtype}, but whole modules are trained, in float32; set trainer.precision "
+            "bf16-mixed, or leave dtype out"
+        )
+    if kind_of(wanted) == "PREFIX_TUNING" and backbone.attention != NAME:
+        problems.append(f"backbone.attention: {backbone.attention!r} has no prefixes; prefix tuning needs {NAME!r}")
+    return problems
+
+
+def adapted_sizes(backbone: Backbone, config: PretrainedConfig) -> tuple[int, int]:
+    """Number of all parameters and of the trained ones, of a config with its final vocabulary.
+
+    Raises:
+        ValueError: adapter and quantization do not go with the model.
+    """
+    from llm_modules.zoo.estimate import meta_model, parameter_count
+
+    given = backbone.adapter
+    key = json.dumps([given, backbone.quantization is not None, config.to_dict()], sort_keys=True, default=str)
+    if key not in _SIZES or isinstance(given, str):  # a folder may have changed
+        if backbone.quantization is not None:
+            check_layers(meta_model(config))
+        if given is None:
+            _SIZES[key] = parameter_count(meta_model(config)), 0
+        else:
+            _SIZES[key] = check_adapter(given, config, backbone.quantization is not None)
+    return _SIZES[key]
+
+
+def memory_of_base(backbone: Backbone, config: PretrainedConfig, parameters: int, trained: int, precision: str) -> int:
+    """Bytes of the weights: a quantized or a half-precision base, and the adapter in full precision."""
+    from llm_modules.zoo.backbone import TRUE_PRECISION
+    from llm_modules.zoo.estimate import meta_model
+
+    size = getattr(torch, backbone.dtype or TRUE_PRECISION.get(precision, "float32")).itemsize
+    adapter = getattr(torch, TRUE_PRECISION.get(precision, "float32")).itemsize
+    total = (parameters - trained) * size + trained * adapter
+    if backbone.quantization is not None:
+        for linear in quantizable(meta_model(config)).values():
+            total += quantized_bytes(backbone.quantization, linear.weight) - linear.weight.numel() * size
+    return total
+
+
+def adapt(
+    backbone: Backbone, model: CausalLM, *, tokens: int, seed: int, precision: str, dequantize: bool = False
+) -> None:
+    """Freeze, quantize and adapt a model that was just built, in place. Arguments and errors: ``Backbone.build``."""
+    from llm_modules.zoo.backbone import TRUE_PRECISION
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    base = _base(backbone, model, seed=seed)
+    if backbone.adapter is not None:
+        _check_base(backbone.adapter, base)
+        _try(backbone, model)
+    if backbone.quantization is not None:
+        _quantize(backbone, model, precision, dequantize)
+    if backbone.adapter is None:
+        return
+    dtype = getattr(torch, TRUE_PRECISION.get(precision, "float32"))
+    model.adapt(make_adapter(backbone.adapter, model.hf, seed=seed, dtype=dtype), base)
+
+
+def _quantize(backbone: Backbone, model: CausalLM, precision: str, back: bool) -> None:
+    assert backbone.quantization is not None
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    weight = model.hf.get_output_embeddings().weight
+    quantize(model.hf, backbone.quantization, mixed or weight.dtype)  # type: ignore[arg-type]
+    if back:
+        dequantize(model.hf)
+
+
+def _base(backbone: Backbone, model: CausalLM, *, seed: int) -> dict[str, Any]:
+    """What the weights under an adapter are, in plain values: kept in checkpoints and in the adapter's folder."""
+    source = None
+    if backbone.source is not None:
+        folder = local_folder(backbone.source)
+        source = backbone.source if folder is None else str(folder.absolute())
+    untouched = backbone.pretrained
+    if untouched:  # no overrides that matter, and no rows for new tokens
+        stored = replace(backbone, config=None).model_config(vocabulary=0)
+        untouched = config_values(stored) == config_values(model.hf.config)
+    return {
+        "source": source,
+        "seed": None if backbone.pretrained else seed,
+        "digest": weights_digest(model.hf),
+        "dtype": str(model.hf.get_output_embeddings().weight.dtype).removeprefix("torch."),
+        "as_it_is": bool(untouched),
+        "quantization": backbone.quantization,
+    }
+
+
+def _check_base(given: dict[str, Any] | str, base: dict[str, Any]) -> None:
+    """Refuse to go on with an adapter on another base than it was trained on, where its folder says which."""
+    file = Path(given).expanduser() / BASE_FILE if isinstance(given, str) else None
+    if file is None or not file.is_file():
+        return
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    if difference := describe_difference({"base": saved}, {"base": {**base, "quantization": saved["quantization"]}}):
+        raise ValueError(f"backbone.adapter: {str(given)!r}: {difference}")
+
+
+def _try(backbone: Backbone, model: CausalLM) -> None:
+    """Of a method that the tests do not prove, a small copy is tried.
+
+    Raises:
+        ValueError: it does not compute what peft's model does, or fails.
+    """
+    assert backbone.adapter is not None
+    kind = kind_of(adapter_config(backbone.adapter))
+    if kind in (PROVED if backbone.quantization is None else PROVED_QUANTIZED):
+        return
+    from llm_modules.zoo.probe import adapter_problem
+
+    if problem := adapter_problem(model.hf.config, backbone.attention, backbone.adapter, backbone.quantization):
+        raise ValueError(f"backbone.adapter: {kind} cannot be trained here: {problem}")
+
+
+def save_adapted(
+    model: CausalLM,
+    backbone: Backbone,
+    folder: str | Path,
+    place: str | Path | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    precision: str,
+) -> None:
+    """Write an adapter's folder, and into its ``base/`` the base where it is nowhere else.
+
+    Args:
+        folder: made if missing.
+        place: where the folder will lie in the end, if it is renamed.
+        tokenizer, seed, precision: what the model was built with.
+    """
+    model.save_adapter(folder, place)
+    assert model.base is not None
+    if not model.base["as_it_is"]:
+        bare = replace(backbone, adapter=None, quantization=None, compile=False, activation_checkpointing=False)
+        base = bare.build(tokenizer=tokenizer, sequence_length=1, seed=seed, precision=precision)
+        base.save_pretrained(Path(folder) / BASE_FOLDER)
+
+
+def open_adapter(folder: str | Path, dtype: Any = "auto") -> Any:
+    """The model of an adapter's folder, for generation: its base (quantized, if it was trained so) with the adapter.
+
+    Returns:
+        transformers' model; peft's around it where there are virtual tokens.
+
+    Raises:
+        ValueError: the base is not there, is another one, or the adapter does not fit it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    config = config_of_folder(folder)
+    saved = json.loads((folder / BASE_FILE).read_text(encoding="utf-8")) if (folder / BASE_FILE).is_file() else {}
+    inside = folder / BASE_FOLDER
+    source = str(inside) if inside.is_dir() else config.base_model_name_or_path
+    if source is None:
+        raise ValueError(f"{folder}: its adapter_config.json names no base (base_model_name_or_path)")
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: its base {source!r} cannot be opened: {one_line(error)}") from error
+    name_targets(config, hf)
+    if saved.get("quantization"):
+        quantize(hf, saved["quantization"], hf.dtype)
+    if virtual_tokens(config):
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(hf, str(folder))
+    adapter = Adapter(hf, config, seed=0, dtype=hf.dtype if saved.get("quantization") is None else torch.float32)
+    adapter.load(folder)
+    return hf
