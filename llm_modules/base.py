@@ -36,6 +36,7 @@ from llm_modules.optimizers import (
     ways_to_step,
 )
 from llm_modules.schedules import RunSchedule
+from llm_modules.strategies import spread
 from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone, CausalLM, describe_difference, save_adapted
@@ -118,22 +119,7 @@ class LLMModule(LightningModule):
         self.flops_per_token = self.model.flops_per_token(self.sequence_length)
         self._kinds = parameter_kinds(self)
         if self._device_mesh is not None:
-            self._spread()
-
-    def _spread(self) -> None:
-        """Splits the built model over the strategy's mesh of devices (FSDP2, tensor parallelism, both)."""
-        from llm_modules.strategies.parallel_plan import parallelize, shard
-
-        assert self.model is not None
-        mesh, strategy = self.device_mesh, self.trainer.strategy
-        assert mesh is not None
-        tensor, data = mesh["tensor_parallel"], mesh["data_parallel"]
-        if tensor.size() > 1:
-            parallelize(self.model.hf, tensor)
-        if data.size() > 1 or tensor.size() == 1:
-            reshard = getattr(strategy, "reshard_after_forward", True)
-            offload = getattr(strategy, "offload", False)
-            shard(self.model, self.model.blocks(), data, reshard=reshard, offload=offload)
+            spread(self.model, self._device_mesh, self.trainer.strategy)
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self, self._kinds)

@@ -45,10 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--average", type=int, metavar="K", help="the mean of the weights of the K newest checkpoints up to this one"
     )
     parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights; auto: as they are stored",
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: as they are stored"
     )
     parser.add_argument("--tokenizer", metavar="FOLDER", help="if the run's tokenizer lies elsewhere now")
     parser.add_argument(

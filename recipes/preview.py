@@ -34,7 +34,7 @@ def check_before_training(cli: RecipeCLI, *, verbose: bool, full: bool) -> None:
         UserError, ValueError: what is fatal.
     """
     config = check_model(cli)
-    backbone = getattr(cli.model, "backbone", None)
+    backbone: Any = getattr(cli.model, "backbone", None)
     if config is not None and backbone.quantization is not None and backbone.adapter is None:
         raise UserError(
             f"`model.init_args.backbone.quantization` is {backbone.quantization}, whose weights cannot be trained; "

@@ -1,7 +1,8 @@
 """What Lightning's strategies lack: one form of checkpoint, CPUs, tensor-parallel plans, exact norms of gradients."""
 
 from llm_modules.strategies.fsdp1 import FSDP1Strategy
+from llm_modules.strategies.parallel_plan import spread
 from llm_modules.strategies.sharded import ShardedStrategy
 from llm_modules.strategies.zero import ZeroStrategy
 
-__all__ = ["FSDP1Strategy", "ShardedStrategy", "ZeroStrategy"]
+__all__ = ["FSDP1Strategy", "ShardedStrategy", "ZeroStrategy", "spread"]

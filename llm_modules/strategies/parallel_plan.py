@@ -22,6 +22,22 @@ _UNTOUCHED = ("replicate", "embedding_rowwise", "embedding_colwise")
 """Entries of plans that are left whole on every rank: correct, and small beside the blocks."""
 
 
+def spread(model: Any, mesh: DeviceMesh, strategy: Any) -> None:
+    """Split a built model over a mesh of devices: tensor parallelism within, FSDP2 across.
+
+    Args:
+        model: a ``CausalLM``.
+        mesh: with the dimensions ``data_parallel`` and ``tensor_parallel``.
+        strategy: says how to shard (see ``ShardedStrategy``).
+    """
+    tensor, data = mesh["tensor_parallel"], mesh["data_parallel"]
+    if tensor.size() > 1:
+        parallelize(model.hf, tensor)
+    if data.size() > 1 or tensor.size() == 1:
+        reshard, offload = getattr(strategy, "reshard_after_forward", True), getattr(strategy, "offload", False)
+        shard(model, model.blocks(), data, reshard=reshard, offload=offload)
+
+
 def shard(
     model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, reshard: bool = True, offload: bool = False
 ) -> None:
