@@ -29,6 +29,7 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV_STAMP): $(RUN_STAMP)
 	@echo "installing the tools for tests into $(VENV)"
+	@$(PIP) install --constraint constraints.txt deepspeed
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
@@ -45,7 +46,7 @@ test: $(DEV_STAMP) ## all tests but test-cluster's (15 minutes on two cores)
 test-fast: $(DEV_STAMP) ## without the slow ones
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
-test-cluster: $(DEV_STAMP) ## a real Slurm of two nodes (as root: Debian's packages are installed), restarts under torchrun
+test-cluster: $(DEV_STAMP) ## every strategy on 1, 2 and 4 processes; a real Slurm of two nodes (as root)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff and mypy

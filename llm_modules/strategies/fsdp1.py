@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
-from llm_modules.strategies.full_state import WholeCheckpoints
+from llm_modules.strategies.full_state import WholeCheckpoints, clean_name
 
 
 class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
@@ -37,12 +37,32 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
 
         return None if self.sharding_strategy == ShardingStrategy.NO_SHARD else self.model.process_group  # type: ignore[union-attr]
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """FSDP1 wants to see every parameter; of a model that keeps only what is trained, the others go afterwards."""
+        assert self.lightning_module is not None
+        owner: Any = self.lightning_module.model
+        if not hasattr(owner, "whole_state"):
+            return super().lightning_module_state_dict()
+        trained = {clean_name(name) for name, p in self.lightning_module.named_parameters() if p.requires_grad}
+        owner.whole_state = True
+        try:
+            weights = super().lightning_module_state_dict()
+        finally:
+            owner.whole_state = False
+        return {name: value for name, value in weights.items() if name in trained}
+
     def _setup_model(self, model: nn.Module) -> nn.Module:
         """Each decoder block a unit. (torch takes a CPU only if it is told the device itself, not its index.)"""
         from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
         blocks: Any = model.model.blocks()  # type: ignore[operator, union-attr]
+        ignored: list[nn.Parameter] = []
+        if self.world_size == 1:
+            # Nothing is sharded then, and torch loses the parameters of a unit in which none is trained.
+            inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+            ignored = [p for p in model.parameters() if not p.requires_grad and id(p) not in inside]
+            model.to(self.root_device)
         return FullyShardedDataParallel(
             model,
             cpu_offload=self.cpu_offload,
@@ -50,5 +70,6 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
             sharding_strategy=self.sharding_strategy,
             auto_wrap_policy=ModuleWrapPolicy({type(block) for block in blocks}),
             device_id=self.root_device if self.root_device.type == "cpu" else self.root_device.index,
+            ignored_states=ignored,
             use_orig_params=True,
         )

@@ -10,13 +10,18 @@ from torch import nn
 def keep_trained_only(model: nn.Module) -> None:
     """From now on ``state_dict`` holds the trainable parameters alone; ``load_state_dict`` wants these and no others.
 
-    Works for whoever calls them (Lightning, DDP, sharded strategies), with any prefix.
+    Works for whoever calls them (Lightning, DDP, sharded strategies), with any prefix. FSDP1 insists on finding every
+    parameter: while ``model.whole_state`` is set, nothing is left out.
     """
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     kept = {name for name in model.state_dict() if name in trained}  # shared ones: as state_dict names them
     prefixes: list[str] = []
+    switch: Any = model
+    switch.whole_state = False
 
     def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if switch.whole_state:
+            return
         for name in [name for name in state if name.startswith(prefix) and _own(name[len(prefix) :]) not in kept]:
             del state[name]
 

@@ -19,15 +19,20 @@ import torch
 from tests.distributed.strategy_cells import STEPS, STRATEGIES
 from tests.invariance.gradients import write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("strategies")]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "llm_modules/strategies/README.md"
 LOSS, WEIGHTS = 2e-6, 2e-5
 WORLDS = (1, 2, 4)
-STAGES = ("pretrain", "sft")
+LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "lora_alpha": 8}}
+JOBS: dict[str, dict[str, Any]] = {
+    "next token": {"stage": "pretrain", "model": "llama"},
+    "next token, tied": {"stage": "pretrain", "model": "qwen3"},
+    "SFT with LoRA": {"stage": "sft", "model": "llama", "backbone": {"adapter": LORA}},
+}
 SAVED_AFTER = 3
-PORTABLE = ("ddp", "fsdp2", "tp", "fsdp1", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+PORTABLE = ("ddp", "fsdp2", "tp", "fsdp1", "zero1", "zero2", "zero3", "zero3-offload")
 
 Cell = dict[str, Any]
 
@@ -37,19 +42,19 @@ class Launches:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rows = {stage: str(write_rows(folder, stage, 40)) for stage in STAGES}
+        self.rows = {stage: str(write_rows(folder, stage, 40)) for stage in ("pretrain", "sft")}
 
-    def cell(self, strategy: str, stage: str, world: int, model: str = "llama", **more: Any) -> Cell:
-        name = f"{strategy}-{world}-{stage}-{model}" + "".join(f"-{Path(str(v)).stem}" for v in more.values())
-        cache = str(self.folder / "cache")
-        return {
-            "name": name, "strategy": strategy, "stage": stage, "model": model, "rows": self.rows[stage],
-            "cache": cache, "world": world, **more,
-        }  # fmt: skip
+    def cell(self, strategy: str, job: str, world: int, **more: Any) -> Cell:
+        name = f"{strategy}-{world}-{job}" + "".join(f"-{Path(str(value)).stem}" for value in more.values())
+        settings = JOBS[job]
+        rows, cache = self.rows[settings["stage"]], str(self.folder / "cache")
+        return {"name": name, "job": job, "strategy": strategy, "rows": rows, "cache": cache, "world": world} | (
+            settings | more
+        )
 
     def run(self, cells: list[Cell], timeout: int = 400) -> dict[str, dict[str, Any]]:
         world = cells[0]["world"]
-        listed = self.folder / f"cells-{world}-{cells[0]['name']}.json"
+        listed = self.folder / f"cells-{cells[0]['name']}.json"
         listed.write_text(json.dumps(cells))
         launcher = [sys.executable]
         if world > 1:
@@ -72,11 +77,11 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
 
 
 @pytest.fixture(scope="module")
-def reference(launches: Launches) -> dict[tuple[str, str], dict[str, Any]]:
-    """What one process trains, by (stage, model)."""
-    cells = [launches.cell("single", stage, 1, model) for stage in STAGES for model in ("llama", "qwen3")]
+def reference(launches: Launches) -> dict[str, dict[str, Any]]:
+    """What one process trains, by job."""
+    cells = [launches.cell("single", job, 1) for job in JOBS]
     results = launches.run(cells)
-    return {(cell["stage"], cell["model"]): results[cell["name"]] for cell in cells}
+    return {cell["job"]: results[cell["name"]] for cell in cells}
 
 
 def difference(result: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float]:
@@ -92,32 +97,31 @@ def difference(result: dict[str, Any], expected: dict[str, Any]) -> tuple[float,
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_strategy_trains_what_one_process_trains(
-    world: int, launches: Launches, reference: dict[tuple[str, str], dict[str, Any]]
+    world: int, launches: Launches, reference: dict[str, dict[str, Any]]
 ) -> None:
     """With accumulation, clipping, and counts of tokens that differ between micro-batches and ranks."""
     names = [name for name in STRATEGIES if (name == "single") == (world == 1) or name not in ("single", "ddp")]
-    cells = [launches.cell(name, stage, world, model) for name in names for stage, model in reference]
+    cells = [launches.cell(name, job, world) for name in names for job in JOBS]
     results = launches.run(cells)
     table: dict[str, dict[str, str]] = {}
     for cell in cells:
         result = results[cell["name"]]
         row = table.setdefault(cell["strategy"], {})
-        column = f"{cell['stage']}, {cell['model']}"
         if "refused" in result:
             assert result["refused"].startswith("strategy"), result["refused"]
             assert "\n" not in result["refused"]
             assert (cell["strategy"], world) in REFUSED, result["refused"]
-            row[column] = "refused"
+            row[cell["job"]] = "refused"
             continue
         assert (cell["strategy"], world) not in REFUSED
         assert len(result["losses"]) == STEPS
-        expected = reference[cell["stage"], cell["model"]]
+        expected = reference[cell["job"]]
         loss, weights = difference(result, expected)
         norm = max(abs(a - b) / b for a, b in zip(result["norms"], expected["norms"], strict=True))
         assert loss <= LOSS, cell
         assert weights <= WEIGHTS, cell
         assert norm <= 1e-5, cell
-        row[column] = f"{loss:.0e}, {weights:.0e}"
+        row[cell["job"]] = f"{loss:.0e}, {weights:.0e}"
     check_table(f"{world} process{'es' if world > 1 else ''}", table)
 
 
@@ -125,30 +129,31 @@ REFUSED = {("tp", 1), ("fsdp2-tp", 1), ("tp", 4)}
 """No other device to share with; two heads of keys and values for four devices. (fsdp2-tp on two is tp.)"""
 
 
+@pytest.mark.parametrize("job", ["next token", "SFT with LoRA"])
 def test_what_one_strategy_saves_any_other_resumes(
-    launches: Launches, reference: dict[tuple[str, str], dict[str, Any]]
+    job: str, launches: Launches, reference: dict[str, dict[str, Any]]
 ) -> None:
-    expected = reference["pretrain", "llama"]
     saved: dict[str, str] = {}
-    for world, names in ((1, ("single",)), (2, PORTABLE), (4, ("fsdp2-tp",))):
+    layouts = ((1, ("single",)), (2, PORTABLE), (4, ("fsdp2-tp",)))
+    for world, names in layouts:
         cells = []
         for name in names:
-            saved[name] = str(launches.folder / f"saved-{name}.ckpt")
-            cells.append(launches.cell(name, "pretrain", world, steps=SAVED_AFTER, save=saved[name]))
+            saved[name] = str(launches.folder / f"saved-{name}-{JOBS[job]['stage']}.ckpt")
+            cells.append(launches.cell(name, job, world, steps=SAVED_AFTER, save=saved[name]))
         launches.run(cells)
     table: dict[str, dict[str, str]] = {}
-    for world, names in ((1, ("single",)), (2, PORTABLE), (4, ("fsdp2-tp",))):
-        cells = [launches.cell(name, "pretrain", world, resume=path) for name in names for path in saved.values()]
+    for world, names in layouts:
+        cells = [launches.cell(name, job, world, resume=path) for name in names for path in saved.values()]
         results = launches.run(cells)
         for cell in cells:
             result = results[cell["name"]]
             assert len(result["losses"]) == STEPS - SAVED_AFTER, cell
-            loss, weights = difference(result, expected)
+            loss, weights = difference(result, reference[job])
             assert loss <= LOSS, cell
             assert weights <= WEIGHTS, cell
-            source = Path(cell["resume"]).stem.removeprefix("saved-")
+            source = next(name for name, path in saved.items() if path == cell["resume"])
             table.setdefault(source, {})[cell["strategy"]] = f"{loss:.0e}"
-    check_table("resumed", table)
+    check_table(f"resumed, {job}", table)
 
 
 def check_table(title: str, table: dict[str, dict[str, str]]) -> None:
