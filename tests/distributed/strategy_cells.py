@@ -133,6 +133,9 @@ def main(cells: list[dict[str, Any]], out: Path) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             torch.save(result, out / f"{cell['name']}.pt")
             print(cell["name"], result.get("losses") or result["refused"], flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # gloo aborts a process that still listens to one that has gone
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
