@@ -65,11 +65,16 @@ class ExportFolder(Callback):
             return
         run = run_folder(trainer)
         step, seen = trainer.global_step, {}
+        spread, weights = getattr(trainer.strategy, "spreads_weights", False), None
         if self.weights != "last":
             paths = self._paths(trainer)
             step = int(paths[-1].stem.rpartition("-")[2])
             seen = _tokens_seen(paths[-1])
-            pl_module.load_state_dict(mean_of_checkpoints(paths))
+            weights = mean_of_checkpoints(paths)
+            if not spread:
+                pl_module.load_state_dict(weights)
+        elif spread:
+            weights = trainer.strategy.lightning_module_state_dict()  # every rank gives its part
         if trainer.is_global_zero:
             target = run / self.folder
             temporary = target.with_name(f".{target.name}-partial")
@@ -82,7 +87,9 @@ class ExportFolder(Callback):
                 **seen,
             }
             module: Any = pl_module
-            module.export(temporary, {**info, "place": str(target)})
+            # A module of somebody else's need not know of weights that are spread.
+            given = {"weights": weights} if spread else {}
+            module.export(temporary, {**info, "place": str(target)}, **given)
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)

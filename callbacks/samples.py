@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.run_files import append_lines, cut_lines, run_folder
 from callbacks.throughput import Throughput
@@ -74,6 +75,14 @@ class Samples(Callback):
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
         if step == self._last_step:
+            return
+        if getattr(trainer.strategy, "spreads_weights", False):
+            if self._last_step < 0:
+                rank_zero_warn(
+                    "Samples: none are generated while the strategy spreads the weights; `recipes generate -m` takes "
+                    "the exported folder"
+                )
+            self._last_step = step
             return
         self._last_step = step
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

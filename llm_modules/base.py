@@ -24,17 +24,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from llm_modules import optimizers
 from llm_modules.batch import CountedBatch, ObjectiveOutput
 from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
-from llm_modules.optimizers import (
-    apply_changes,
-    class_name,
-    group_settings,
-    parameter_groups,
-    parameter_kinds,
-    ways_to_step,
-)
 from llm_modules.schedules import RunSchedule
 from llm_modules.strategies import spread
 from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm
@@ -79,6 +72,7 @@ class LLMModule(LightningModule):
         self.gradient_norm: Tensor | None = None
         self._tokenizer: Any = None
         self._kinds: dict[str, str] = {}
+        self._vocabulary: int | None = None
         self._optimizer: dict[str, Any] = {}
         self._ways_to_step: list[dict[str, Any]] = []
         self._earlier_optimizer: dict[str, Any] | None = None
@@ -94,7 +88,7 @@ class LLMModule(LightningModule):
     @property
     def vocabulary(self) -> int | None:
         """Token ids that the model knows; None before it is built."""
-        return None if self.model is None else len(self.model.hf.get_input_embeddings().weight)  # type: ignore[arg-type]
+        return self._vocabulary
 
     # --- building
 
@@ -117,20 +111,24 @@ class LLMModule(LightningModule):
             tokenizer=self.tokenizer, sequence_length=self.sequence_length, seed=self.seed, precision=precision
         )
         self.flops_per_token = self.model.flops_per_token(self.sequence_length)
-        self._kinds = parameter_kinds(self)
+        # Now: a strategy that spreads the weights leaves them without their shapes.
+        self._vocabulary = len(self.model.hf.get_input_embeddings().weight)  # type: ignore[arg-type]
+        self._kinds = optimizers.parameter_kinds(self)
         if self._device_mesh is not None:
             spread(self.model, self._device_mesh, self.trainer.strategy)
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self, self._kinds)
+        groups = optimizers.parameter_groups(self, self._kinds)
         if not groups:
             raise ValueError("model: no parameter is trainable; a quantized one needs backbone.adapter, to be trained")
         if self.model is not None and self.model.adapter is not None and self.model.adapter.prunes:
             self.model.adapter.begin(self.run_steps())
         optimizer = self.optimizer_factory(groups)
+        if isinstance(optimizer, optimizers.MuonAdamW) and getattr(self.trainer.strategy, "flattens", False):
+            raise ValueError(optimizers.FLAT)
         allow_mixed_layouts(optimizer)
-        self._ways_to_step = ways_to_step(optimizer)
-        self._optimizer = {"class": class_name(optimizer), "groups": group_settings(optimizer)}
+        self._ways_to_step = optimizers.ways_to_step(optimizer)
+        self._optimizer = {"class": optimizers.class_name(optimizer), "groups": optimizers.group_settings(optimizer)}
         if self._earlier_optimizer is not None and self._earlier_optimizer["class"] != self._optimizer["class"]:
             raise ValueError(
                 f"ckpt_path: made with the optimizer {self._earlier_optimizer['class']}, whose state is of no use to "
@@ -170,7 +168,7 @@ class LLMModule(LightningModule):
         if earlier is None:
             return
         schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        for line in apply_changes(
+        for line in optimizers.apply_changes(
             optimizer, earlier["groups"], self._optimizer["groups"], schedules[0] if schedules else None
         ):
             if self.trainer.is_global_zero:
@@ -372,7 +370,9 @@ class LLMModule(LightningModule):
         if self.trainer.state.fn == "fit":
             self._earlier_optimizer = saved.get("optimizer")
 
-    def export(self, folder: str | Path, info: dict[str, Any] | None = None) -> None:
+    def export(
+        self, folder: str | Path, info: dict[str, Any] | None = None, weights: dict[str, Tensor] | None = None
+    ) -> None:
         """Writes an ordinary Hugging Face folder: weights, tokenizer, chat template, generation config, model card.
 
         Of a model with an adapter, a folder that peft opens: the adapter alone, unmerged.
@@ -381,14 +381,19 @@ class LLMModule(LightningModule):
             folder: made if missing.
             info: facts for the model card: recipe, data, metrics, ...; ``place``: where the folder will lie in the end,
                 if it is renamed.
+            weights: the whole state dict to write, where a strategy has spread the model's own; None: as they are.
         """
         assert self.model is not None
-        set_end_tokens(self.model.hf, self.tokenizer)
-        if self.model.adapter is None:
-            self.model.save_pretrained(folder)
+        built = {"tokenizer": self.tokenizer, "seed": self.seed, "precision": str(self.trainer.precision)}
+        model = self.model
+        if weights is not None:
+            model = self.backbone.build(sequence_length=self.sequence_length, **built)
+            torch.nn.ModuleDict({"model": model}).load_state_dict(weights)
+        set_end_tokens(model.hf, self.tokenizer)
+        if model.adapter is None:
+            model.save_pretrained(folder)
         else:
-            info = {"adapter": self.model.adapter.kind, "base": self.model.base_name, **(info or {})}
-            built = {"tokenizer": self.tokenizer, "seed": self.seed, "precision": str(self.trainer.precision)}
-            save_adapted(self.model, self.backbone, folder, info.get("place"), **built)
+            info = {"adapter": model.adapter.kind, "base": model.base_name, **(info or {})}
+            save_adapted(model, self.backbone, folder, info.get("place"), **built)
         self.tokenizer.save_pretrained(str(folder))
         write_model_card(Path(folder), {"tokens_seen": self.tokens_seen, **(info or {})})

@@ -60,4 +60,6 @@ class LanguageModelModule(LLMModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of ``batch["prompts"]``, as rows of the predictions file."""
+        if getattr(self.trainer.strategy, "spreads_weights", False):
+            raise ValueError("predict: not while the strategy spreads the weights; use -c strategies/ddp or single")
         return self.generator.predict(self.model, self.tokenizer, batch)

@@ -106,6 +106,12 @@ def apply_changes(optimizer: Optimizer, before: Settings, now: Settings, schedul
     return list(dict.fromkeys(lines))
 
 
+FLAT = (
+    "optimizer: MuonAdamW needs whole matrices, and this strategy hands it flat pieces of them; use strategies/fsdp2, "
+    "tp or ddp, or torch.optim.AdamW"
+)
+
+
 class MuonAdamW(Optimizer):
     """Muon for hidden matrices, AdamW for embeddings, the head, norms and biases, as one optimizer.
 
@@ -154,6 +160,8 @@ class MuonAdamW(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
+            if group["kind"] == "matrix" and any(p.ndim < 2 for p in with_gradient):
+                raise ValueError(FLAT)
             muon = [p for p in with_gradient if group["kind"] in (None, "matrix") and p.ndim == 2]
             taken = {id(p) for p in muon}
             self._muon(group, muon)

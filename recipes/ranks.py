@@ -20,11 +20,16 @@ FOLDER_VARIABLE = "LITRECIPES_RUN_FOLDER"  # set by rank 0 for the ranks that Li
 def told_folder() -> Path | None:
     """The run's folder, in a process that rank 0 started."""
     told = os.environ.get(FOLDER_VARIABLE)
+    if not job_id().startswith("process"):
+        return None  # a launcher started us, not rank 0: what is there was left behind by another run
     return Path(told) if told is not None and int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
 
 
-def tell_folder(folder: Path) -> None:
-    os.environ[FOLDER_VARIABLE] = str(folder)
+def tell_folder(folder: Path | None) -> None:
+    """None: the run is over."""
+    os.environ.pop(FOLDER_VARIABLE, None)
+    if folder is not None:
+        os.environ[FOLDER_VARIABLE] = str(folder)
 
 
 def under_srun() -> bool:
@@ -43,6 +48,19 @@ def job_id() -> str:
     if int(env.get("SLURM_NTASKS", "1")) > 1:
         return f"slurm {env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')} {env.get('SLURM_RESTART_COUNT', '0')}"
     return f"process {os.getpid()}"
+
+
+def part_from_the_others() -> None:
+    """Ends the connection when all processes are done.
+
+    One that ends while it is connected is aborted now and then by the connection's own threads, and the launcher then
+    stops rank 0, which may be writing still.
+    """
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from recipes.checks import check_values
 from recipes.command_line import Command, parse_command
 from recipes.compose import Composed, compose
 from recipes.errors import UserError, user_message
-from recipes.ranks import first_on_each_machine, tell_folder, told_folder
+from recipes.ranks import first_on_each_machine, part_from_the_others, tell_folder, told_folder
 from recipes.requeue import how_to_go_on, requeued_when_told
 from recipes.run_folder import (
     FINISHED,
@@ -86,6 +86,7 @@ def _run(command: Command, composed: Composed) -> int:
         _work(command, cli, checkpoint)
         if owned is not None and verb == "fit" and cli.came_to_its_end():
             owned.mark_finished()
+    part_from_the_others()
     return 0
 
 
@@ -186,6 +187,7 @@ def _folder(
             _put_back(owned, notes)
         raise
     finally:
+        tell_folder(None)
         owned.release()
 
 

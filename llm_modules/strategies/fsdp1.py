@@ -20,6 +20,9 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
         process_group_backend: default: nccl on GPUs, gloo on CPUs.
     """
 
+    spreads_weights = True
+    flattens = True
+
     def __init__(
         self,
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"] = "FULL_SHARD",

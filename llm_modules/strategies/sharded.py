@@ -21,6 +21,8 @@ class ShardedStrategy(WholeCheckpoints, ModelParallelStrategy):
         process_group_backend: default: nccl on GPUs, gloo on CPUs.
     """
 
+    spreads_weights = True
+
     def __init__(
         self,
         tensor_parallel: int = 1,

@@ -34,6 +34,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         overlap: reduce gradients while the backward pass goes on (GPUs).
     """
 
+    flattens = True
+
     def __init__(
         self,
         stage: Literal[1, 2, 3] = 2,
@@ -58,6 +60,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             overlap_comm=overlap and torch.cuda.is_available(),
         )
         self.stage = stage
+        self.spreads_weights = stage == 3
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # the config's own optimizer, whichever it is
         self._groups: list[list[str]] = []

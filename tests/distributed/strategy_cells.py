@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from callbacks import AtomicCheckpointIO
 from llm_modules.data import ConversationDataModule, TextDataModule
 from llm_modules.language_model import LanguageModelModule
+from llm_modules.optimizers import MuonAdamW
 from llm_modules.strategies import FSDP1Strategy, ShardedStrategy, ZeroStrategy
 from llm_modules.zoo import Backbone
 
@@ -36,6 +37,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
              "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }  # fmt: skip
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1),
+    "muon": lambda groups: MuonAdamW(groups, lr=1e-3, weight_decay=0.1),
+}
 STRATEGIES: dict[str, Any] = {
     "single": lambda: "auto",
     "ddp": lambda: "ddp",
@@ -78,7 +83,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     backbone = Backbone(config=MODELS[cell.get("model", "llama")], **cell.get("backbone", {}))
     module = LanguageModelModule(
         backbone,
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1),
+        optimizer=OPTIMIZERS[cell.get("optimizer", "adamw")],
         sequence_length=128,
         seed=1,
     )
