@@ -41,6 +41,9 @@ class ConversationEncoder:
         self.tokenizer = tokenizer
         self.chat_format: ChatFormat = chat_format
         self.train_on: TrainOn = train_on
+        templates = tokenizer.chat_template
+        written = templates if isinstance(templates, str) else " ".join((templates or {}).values())
+        self.shows_tools = "tools" in written
         self.specials = sorted(
             (str(token) for token in tokenizer.get_added_vocab() if str(token).strip()), key=len, reverse=True
         )
@@ -78,6 +81,11 @@ class ConversationEncoder:
     def _written(self, row: Row) -> tuple[Conversation, str, list[Span], int]:
         """The conversation of a row, its text, its spans to be predicted, and how many of them lack the turn's end."""
         talk = conversation(row, self.chat_format)
+        if talk.tools and not self.shows_tools:
+            raise ValueError(
+                f"{row.origin}: has tools, and the chat template leaves them out: calls of functions that the prompt "
+                "never names would be trained; use one that shows them, such as chatml"
+            )
         try:
             if marks_generation(self.tokenizer):
                 text, spans = marked_spans(self.tokenizer, talk)

@@ -84,7 +84,7 @@ def write_store(folder: Path, parts: Iterable[Encoded], *, vocabulary: int, file
     Args:
         folder: where it goes; it appears there by one rename, complete.
         parts: the documents, some at a time.
-        vocabulary: number of token ids, which decides between two and four bytes a token.
+        vocabulary: the largest token id and one more, which decides between two and four bytes a token.
         files: names of the files that `places` counts; may still grow while `parts` are drawn.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +96,10 @@ def write_store(folder: Path, parts: Iterable[Encoded], *, vocabulary: int, file
         masked = False
         with (temporary / "tokens.bin").open("wb") as tokens, (temporary / "trained.bin").open("wb") as trained:
             for part in parts:
+                if len(part.tokens) and int(part.tokens.max()) > np.iinfo(dtype).max:
+                    raise ValueError(
+                        f"data: token id {int(part.tokens.max())} is outside of the vocabulary {vocabulary}"
+                    )
                 part.tokens.astype(dtype).tofile(tokens)
                 if part.trained is not None:
                     masked = True

@@ -101,6 +101,11 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == tokenizer.bos_token_id
 
 
+def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id: a vocabulary with gaps has larger ones than it has tokens."""
+    return max(tokenizer.get_vocab().values())
+
+
 def content_hash(data: bytes) -> int:
     """64 bits that are the same for the same content, on every machine."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
@@ -156,7 +161,7 @@ def tokenize(source: Source, encoder: Encoder, cache_dir: Path, workers: int | N
     files: list[str] = []
     parts = _encoded(source, encoder, workers, files)
     try:
-        return write_store(folder, parts, vocabulary=len(encoder.tokenizer), files=files)
+        return write_store(folder, parts, vocabulary=highest_id(encoder.tokenizer) + 1, files=files)
     except OSError as error:
         if error.filename is not None and cache_dir not in Path(error.filename).parents:
             raise  # of reading a source

@@ -15,6 +15,7 @@ from llm_modules.batch import IGNORE_INDEX
 from llm_modules.data import ConversationDataModule, Source, TextDataModule
 from llm_modules.data.chat import conversation
 from llm_modules.data.sources import Row
+from llm_modules.data.store import Encoded, write_store
 from llm_modules.tokenizer import byte_tokenizer
 
 QA = [{"instruction": f"Question {i}?", "response": f"Answer {'x' * i}."} for i in range(40)]
@@ -404,6 +405,26 @@ def test_a_column_that_is_named_goes_before_others_that_could_be_meant(tmp_path)
     assert meant(prompt="instruction", completion="best") == ["i", "a"]
     assert meant(instruction="prompt", answer="best") == ["p", "a"]
     assert meant(messages="messages", answer="best") == ["?", "!"]
+
+
+def test_tools_that_the_template_does_not_show_are_refused(tmp_path):
+    rows = [{"instruction": f"q {i}", "response": "a", "tools": [{"name": "f"}] if i == 3 else []} for i in range(9)]
+    path = write(tmp_path / "tools.jsonl", rows)
+    message = refused(conversations, path, chat_template="llama3")
+    assert message.startswith(f"{path}:4: has tools, and the chat template leaves them out")
+    conversations(path, chat_template="chatml")
+
+
+def test_ids_of_a_vocabulary_with_gaps_are_kept_whole(tmp_path):
+    """In two bytes an id above 65,535 would come back as another one."""
+    one = np.ones(1, dtype=np.int64)
+    part = Encoded(
+        tokens=np.array([70_000], dtype=np.uint32), trained=None, lengths=one, sizes=one,
+        hashes=one.astype(np.uint64), groups=one.astype(np.uint64), places=np.zeros((1, 2), dtype=np.int64),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="token id 70000 is outside of the vocabulary 300"):
+        write_store(tmp_path / "small", [part], vocabulary=300, files=["f"])
+    assert write_store(tmp_path / "large", [part], vocabulary=70_001, files=["f"]).tokens.tolist() == [70_000]
 
 
 def test_context_tools_and_calls():
