@@ -106,16 +106,17 @@ class LLMModule(LightningModule):
         """Builds the model, once; the weights do not depend on the strategy or the rank."""
         if self.model is not None:
             return
-        precision = str(self._trainer.precision) if self._trainer is not None else "32-true"
-        self.model = self.backbone.build(
-            tokenizer=self.tokenizer, sequence_length=self.sequence_length, seed=self.seed, precision=precision
-        )
+        self.model = self.backbone.build(sequence_length=self.sequence_length, **self._built_with())
         self.flops_per_token = self.model.flops_per_token(self.sequence_length)
         # Now: a strategy that spreads the weights leaves them without their shapes.
         self._vocabulary = len(self.model.hf.get_input_embeddings().weight)  # type: ignore[arg-type]
         self._kinds = optimizers.parameter_kinds(self)
         if self._device_mesh is not None:
             spread(self.model, self._device_mesh, self.trainer.strategy)
+
+    def _built_with(self) -> dict[str, Any]:
+        precision = str(self._trainer.precision) if self._trainer is not None else "32-true"
+        return {"tokenizer": self.tokenizer, "seed": self.seed, "precision": precision}
 
     def configure_optimizers(self) -> Any:
         groups = optimizers.parameter_groups(self, self._kinds)
@@ -384,8 +385,7 @@ class LLMModule(LightningModule):
             weights: the whole state dict to write, where a strategy has spread the model's own; None: as they are.
         """
         assert self.model is not None
-        built = {"tokenizer": self.tokenizer, "seed": self.seed, "precision": str(self.trainer.precision)}
-        model = self.model
+        built, model = self._built_with(), self.model
         if weights is not None:
             model = self.backbone.build(sequence_length=self.sequence_length, **built)
             torch.nn.ModuleDict({"model": model}).load_state_dict(weights)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,11 @@ def data_folder() -> Path:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or leaves a cache in the user's home."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def no_signals_held_back() -> Iterator[None]:
+    """A test that sets a GracefulStop up and never ends its run must not keep signals from what later tests fork."""
+    yield
+    if (module := sys.modules.get("callbacks.graceful_stop")) is not None:
+        module._HELD_BACK.clear()
