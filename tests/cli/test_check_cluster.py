@@ -69,9 +69,7 @@ def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     assert results[0][0] == 2
     (line,) = results[0][1]
     assert line.startswith("recipes: rank 1 of 3 (node 1) did not come within 6 s")
-    assert results[1][0] == 2
-    # It says nothing itself; torch may show where it lost the connection to rank 0.
-    assert not [line for line in results[1][1] if line.startswith(("recipes:", "Traceback"))]
+    assert results[1] == (2, [])
     assert time.monotonic() - begin < 60
     assert list(tmp_path.iterdir()) == []
 

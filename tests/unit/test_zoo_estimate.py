@@ -209,11 +209,6 @@ def test_peak_memory_is_the_measured_peak(precision: str, checkpointing: bool, t
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", MEASURE, json.dumps({**settings, "tight": tight})]
-    measured = []
-    for _ in range(3):  # other programs' time slices leave holes in the heap: they add to a peak and never take away
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        measured.append(json.loads(done.stdout))
-        if measured[-1] <= estimate.total / 0.9:
-            break
-    assert estimate.total == pytest.approx(min(measured), rel=0.2)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert estimate.total == pytest.approx(json.loads(done.stdout), rel=0.2)
