@@ -159,11 +159,20 @@ class _Preflight:
             found = judge()
             self.store.set(f"verdict/{stage}", json.dumps(found))
             if found:
+                self._await_readers()
                 self._end(found)
             return
         if json.loads(self._get(f"verdict/{stage}")):
+            self.store.set(f"heard/{self.world.rank}", "")
             time.sleep(_LINGER)
             self._end([])
+
+    def _await_readers(self) -> None:
+        """On rank 0: until those who are there have read the verdict; from a closed store one reads a C++ stack."""
+        here = [rank for rank in range(1, self.world.size) if self.store.check([f"report/{rank}"])]
+        end = time.monotonic() + _LINGER / 2
+        while time.monotonic() < end and not all(self.store.check([f"heard/{rank}"]) for rank in here):
+            time.sleep(0.02)
 
     def _end(self, lines: list[str]) -> NoReturn:
         if self.hangs:  # a thread is stuck in a collective; the interpreter would wait for it

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recipes.processor import multiplies_bfloat16
+
 if TYPE_CHECKING:
     from llm_modules import LanguageModelModule
 
@@ -38,8 +40,7 @@ def choose_precision() -> str:
 
     if torch.cuda.is_available():
         return "bf16-mixed"
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16-mixed" if native else "32-true"
+    return "bf16-mixed" if multiplies_bfloat16() else "32-true"
 
 
 def choose_steps(step_seconds: float) -> Steps:

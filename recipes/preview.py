@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.compose import Composed
 from recipes.errors import UserError
+from recipes.processor import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from recipes.cli import RecipeCLI
@@ -81,7 +82,17 @@ def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
         accumulate=cli.trainer.accumulate_grad_batches,
         device=cli.trainer.strategy.root_device.type,
     )
-    return str(summary).splitlines()
+    return [*str(summary).splitlines(), *slow_precision(cli.trainer)]
+
+
+def slow_precision(trainer: Any) -> list[str]:
+    """A line where the precision is far slower than fp32 would be."""
+    precision, device = str(trainer.precision), trainer.strategy.root_device
+    if device.type != "cpu" or not precision.startswith("bf16") or multiplies_bfloat16():
+        return []
+    return [
+        f"precision   {precision}: this processor has no bf16 instructions; 32-true (-c precision/32-true) is faster"
+    ]
 
 
 def audit(cli: RecipeCLI) -> Any:

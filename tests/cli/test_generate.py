@@ -329,6 +329,18 @@ class Terminal:
     def interrupt(self):
         os.write(self.handle, b"\x03")
 
+    def interrupt_prompt(self, pattern, seconds=90.0):
+        """As a person would: again, where nothing happens. (Python's input() with readline sees the signal only once it
+        waits for a key, which is a moment after the prompt is there; one that comes before waits for the next key.)"""
+        end = time.monotonic() + seconds
+        while True:
+            self.interrupt()
+            try:
+                return self.until(pattern, 2.0)
+            except AssertionError:
+                if time.monotonic() > end:
+                    raise
+
     def ended(self):
         import contextlib
 
@@ -358,8 +370,7 @@ def test_a_conversation_on_a_terminal(tmp_path):
     terminal.until(r"\(system: be brief\)")
     terminal.say("/history")
     assert "hello" not in terminal.until(r"/history\r\n(?s:.*)you> ")
-    terminal.interrupt()  # at the prompt
-    terminal.until(r"/quit or Ctrl-D ends")
+    terminal.interrupt_prompt(r"/quit or Ctrl-D ends")
     terminal.say("/nonsense")
     terminal.until("/nonsense: no such command")
     terminal.say("/quit")

@@ -92,6 +92,11 @@ def test_masks_on_real_conversations_equal_those_of_generation_tags(path, name):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|eot_id|>", "<end_of_turn>"], special_tokens=True)
     tokenizer.chat_template = TEMPLATES[name]
+    if path.startswith("toolcall_chat") and "tools" not in TEMPLATES[name]:
+        with pytest.raises(ValueError, match=r"chat\.jsonl:\d+: has tools, and the chat template leaves them out"):
+            ConversationEncoder(tokenizer)(rows)
+        for row in rows:
+            row.columns["tools"] = "[]"
     tagged = ConversationEncoder(tokenizer)(rows)
     tokenizer.chat_template = GENERATION.sub("", TEMPLATES[name])
     plain = ConversationEncoder(tokenizer)(rows)

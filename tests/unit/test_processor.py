@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import os, sys
 from recipes.__main__ import main
@@ -28,3 +30,18 @@ def test_set_before_torch_is_loaded() -> None:
 
 def test_the_users_own_stay() -> None:
     assert settings(LRU_CACHE_CAPACITY="7") == ["False", "7", "64"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "native", "said"), [("bf16-mixed", False, 1), ("bf16-mixed", True, 0), ("32-true", False, 0)]
+)
+def test_a_precision_that_the_processor_is_slow_at_is_said(precision, native, said, monkeypatch) -> None:
+    from lightning.pytorch import Trainer
+
+    from recipes import preview
+
+    monkeypatch.setattr(preview, "multiplies_bfloat16", lambda: native)
+    trainer = Trainer(accelerator="cpu", devices=1, precision=precision, logger=False, enable_checkpointing=False)
+    lines = preview.slow_precision(trainer)
+    assert len(lines) == said
+    assert all("no bf16 instructions; 32-true" in line for line in lines)
