@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
+LIBRARIES = 128 * 2**20
+"""On a CPU: transformers' code of a model and what it loads, beside Python and torch (measured, any model)."""
+
 
 @dataclass(frozen=True)
 class PeakMemory:
@@ -42,6 +45,8 @@ class PeakMemory:
         head: hidden states, logits and gradients of scoring the trained tokens.
         allocator: what a CPU's allocator holds and cannot use.
         accumulates: whether an optimizer step has several micro-batches.
+        step: temporary tensors of the optimizer, when all gradients are there and no activations.
+        libraries: code, where it shares the memory.
     """
 
     weights: int
@@ -51,12 +56,14 @@ class PeakMemory:
     head: int
     allocator: int = 0
     accumulates: bool = False
+    step: int = 0
+    libraries: int = 0
 
     @property
     def total(self) -> int:
-        passing = self.activations + self.head + self.allocator
-        passing = passing + self.gradients if self.accumulates else max(passing, self.gradients)
-        return self.weights + self.optimizer + passing
+        passing = self.activations + self.head + self.gradients * self.accumulates
+        passing = max(passing, self.gradients + self.step) + self.allocator
+        return self.weights + self.optimizer + passing + self.libraries
 
     def lines(self) -> list[tuple[str, str]]:
         """Name and text of the lines of a summary."""
@@ -65,7 +72,7 @@ class PeakMemory:
             f"activations {_gib(self.activations)}, head {_gib(self.head)}"
         )
         if self.allocator:
-            parts += f", allocator {_gib(self.allocator)}"
+            parts += f", allocator {_gib(self.allocator)}, libraries {_gib(self.libraries)}"
         return [("peak memory", f"{_gib(self.total)} GiB ({parts})")]
 
 
@@ -106,7 +113,8 @@ def peak_memory(
         weights: bytes of all weights, where they are not all of the precision's dtype (a quantized base).
         accumulate: micro-batches in an optimizer step.
         device: ``cpu`` or ``cuda``. On a CPU, glibc's heap is left with holes that the next tensors do not fit in: as
-            measured, about as much as the activations and half the head's (the other fields are the bytes in use).
+            measured, about as much as the activations (or the gradients, where they are more) and half the head's. (The
+            other fields are the bytes in use.)
     """
     size = torch.finfo(weight_dtype(precision)).bits // 8
     trained = parameters if trainable is None else trainable
@@ -114,14 +122,20 @@ def peak_memory(
         config, tokens, precision, activation_checkpointing, attention, lean and device == "cpu"
     )
     scoring = head_bytes(config, round(tokens * trained_share), precision, head, head_chunk, device)
+    gradients, cpu = trained * size, device == "cpu"
+    table = config.get_text_config()
+    # Two of the largest tensor's size (the root of the second moment, and the quotient), of what is trained.
+    step = min(2 * table.vocab_size * table.hidden_size * size, 2 * gradients)
     return PeakMemory(
         weights=parameters * size if weights is None else weights,
-        gradients=trained * size,
+        gradients=gradients,
         optimizer=int(trained * size * optimizer_state(optimizer)) if optimizer else 2 * trained * size,
         activations=activations,
         head=scoring,
-        allocator=activations + scoring // 2 if device == "cpu" else 0,
+        allocator=max(activations, gradients) + scoring // 2 if cpu else 0,
         accumulates=accumulate > 1,
+        step=step,
+        libraries=LIBRARIES if cpu else 0,
     )
 
 

@@ -133,7 +133,7 @@ def test_summary_reads_well() -> None:
     assert lines[0] == "model       llama, 8 layers of 512, 16,384 tokens"
     assert lines[1] == "parameters  34,087,424 (8,388,608 of the vocabulary)"
     assert lines[2].startswith("FLOPs       230 M a trained token")
-    assert lines[3].startswith("peak memory 1.8")
+    assert lines[3].startswith("peak memory 1.94 GiB")
     assert all(len(line) <= 120 for line in lines)
     assert [si(n) for n in (12.3, 1234.0, 5.678e12)] == ["12.3", "1.23 k", "5.68 T"]
 
