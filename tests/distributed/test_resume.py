@@ -57,15 +57,22 @@ KILLS = [("window", 1), ("window", 9), ("torn", 5), ("unnamed", 9), ("validation
 
 
 def recipes(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    """One command in a process group of its own; where it hangs, the test fails with the stack of each process."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "recipes", *arguments],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=400,
         start_new_session=True,
     )
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)
+        raise AssertionError(f"{arguments} hung:\n{process.communicate()[1][-20000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def write_recipe(folder: Path, layout: dict[str, object]) -> None:
