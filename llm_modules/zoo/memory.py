@@ -72,7 +72,7 @@ class PeakMemory:
             f"activations {_gib(self.activations)}, head {_gib(self.head)}"
         )
         if self.allocator:
-            parts += f", allocator {_gib(self.allocator)}, libraries {_gib(self.libraries)}"
+            parts += f", heap and code {_gib(self.allocator + self.libraries)}"
         return [("peak memory", f"{_gib(self.total)} GiB ({parts})")]
 
 
