@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from recipes.errors import UserError
+from recipes.errors import RankError, UserError
 from recipes.ranks import under_srun
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def open_store(world: World, seconds: float) -> TCPStore:
             with contextlib.suppress(RuntimeError):  # of a process that was just killed: look again
                 return TCPStore(world.address, port, None, False, timedelta(seconds=max(1.0, end - time.monotonic())))
         time.sleep(0.2)
-    raise UserError(
+    raise RankError(
         f"rank 0 at {world.address}:{world.port} was not reached within {seconds:.0f} s by rank {world.rank} on "
         f"{socket.gethostname()}: it never started, or a firewall or the wrong network interface is between them"
     )
