@@ -33,19 +33,17 @@ class _Agent(LocalElasticAgent):
         try:
             super()._rendezvous(worker_group)
         except RendezvousError as error:
-            spec = worker_group.spec
-            state = getattr(getattr(spec.rdzv_handler, "_state_holder", None), "state", None)
-            # Once all have come they wait for nobody; then it is the connection that failed, or another node that left.
-            came = [] if state is None else sorted({node.addr for node in [*state.participants, *state.wait_list]})
-            count = 0 if state is None else len(state.participants) or len(state.wait_list)
-            where = f" ({', '.join(came)})" if came else ""
+            there = ", ".join(_there(worker_group.spec.rdzv_handler))
             raise UserError(
-                f"node {socket.gethostname()}: {count}{where} of the {self._nodes()} nodes met; those that are missing "
-                f"were not started, have died, or were not reached ({type(error).__name__})"
+                f"node {socket.gethostname()}: the {_asked_for().nnodes} nodes did not meet ({type(error).__name__}); "
+                f"at the end there were {there}; the others were not started, have died, or were not reached"
             ) from error
 
-    def _nodes(self) -> str:
-        return _asked_for().nnodes
+
+def _there(handler: Any) -> list[str]:
+    """Addresses of this node, which a rendezvous that has failed has left, and of those that are in it."""
+    state = handler._state_holder.state
+    return sorted({node.addr for node in [handler._this_node, *state.participants, *state.wait_list]})
 
 
 def _asked_for() -> Any:
