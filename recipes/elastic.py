@@ -1,4 +1,4 @@
-"""torchrun, with two habits changed: a user's mistake is not tried again, and nodes that do not meet are one line.
+"""torchrun, which does not try a user's mistake again, and says in a line that nodes do not meet or have ended.
 
 `python -m recipes.elastic` takes the arguments of torchrun. A process that ends with status 2 has said what is to be
 mended; each restart would find the same, and torchrun itself would end with a page about it and status 1.
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from torch.distributed.elastic.agent.server.api import WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
@@ -27,6 +28,10 @@ class _Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if any(failure.exitcode == MISTAKE for failure in result.failures.values()):
             self._remaining_restarts = 0
+        if result.state == WorkerState.HEALTHY and worker_group.spec.rdzv_handler.is_closed():
+            # torchrun would go on, and its processes wait for those of the other node.
+            self._stop_workers(worker_group)
+            raise UserError(f"node {socket.gethostname()}: another node has ended; see its log, which says why")
         return result
 
     def _rendezvous(self, worker_group: Any) -> None:
