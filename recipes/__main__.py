@@ -14,8 +14,9 @@ from typing import NoReturn
 
 import recipes
 from recipes.command_line import parse_command
-from recipes.errors import UserError, nearest, user_message
+from recipes.errors import RankError, UserError, nearest, user_message
 from recipes.processor import prepare_processor
+from recipes.ranks import own_rank, word_of_this_rank
 from recipes.trainer_verbs import VERBS as TRAINER_VERBS
 
 OK, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that is gone is no error, and not when the interpreter ends
         return status
     except KeyboardInterrupt:
-        print("recipes: interrupted", file=sys.stderr)
+        if own_rank()[0] == 0:
+            print("recipes: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `recipes list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         if message is None:
             return BUG
-        for line in message.splitlines():
-            print(f"recipes: {line}", file=sys.stderr)
+        sys.stderr.flush()
+        who = "" if isinstance(error, RankError) else word_of_this_rank()
+        for line in message.splitlines() if who is not None else ():
+            print(f"recipes: {who}{line}", file=sys.stderr)
         return MISTAKE
 
 

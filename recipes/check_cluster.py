@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from recipes.compose import Composed, compose
-from recipes.errors import UserError
+from recipes.errors import RankError, UserError
 from recipes.ranks import told_folder
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class _Preflight:
                 print(f"recipes: {line}", file=sys.stderr, flush=True)
             os._exit(2)
         if lines:
-            raise UserError("\n".join(lines))
+            raise RankError("\n".join(lines))
         raise SystemExit(2)
 
     def _get(self, key: str) -> bytes:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from recipes.compose import Composed
+from recipes.config_names import config_name
 from recipes.errors import UserError
-from recipes.yaml_tree import Key
+from recipes.yaml_tree import Key, Node, dotted, read_yaml
 
 
 def check_values(composed: Composed) -> None:
@@ -17,6 +20,7 @@ def check_values(composed: Composed) -> None:
         f"{_key(part)}: missing; a recipe needs `{part}`" for part in ("model",) if not composed.values.get(part)
     ]
     problems += _check_windows(composed)
+    problems += _check_overlays(composed)
     problems += _check_positive(composed)
     if (composed.values.get("trainer") or {}).get("default_root_dir") is not None:
         place = composed.origin(("trainer", "default_root_dir"))
@@ -45,11 +49,68 @@ def _check_windows(composed: Composed) -> list[str]:
 
 def _check_positive(composed: Composed) -> list[str]:
     problems = []
-    for key in ("sequence_length",):
-        value = composed.values.get(key)
+    for key in ("sequence_length", "trainer.accumulate_grad_batches"):
+        value: Any = composed.values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
         if isinstance(value, int) and value < 1:
             problems.append(f"{composed.origin(_path(key))}: `{key}` is {value}; it must be at least 1")
     return problems
+
+
+def _check_overlays(composed: Composed) -> list[str]:
+    """Overlays that contradict each other. Of two the later wins, where it sets all that the earlier one has set."""
+    return [*_two_adapters(composed), *_two_precisions(composed), *_more_than_single(composed)]
+
+
+def _of_kind(composed: Composed, kind: str) -> list[tuple[str, list[tuple[Key, Node]]]]:
+    """The overlays of one folder of configs/, in order, each once: name, and the values that it sets."""
+    files = [path for path in dict.fromkeys(composed.files) if path.parent.name == kind]
+    return [(config_name(path), _leaves(read_yaml(path))) for path in files]
+
+
+def _leaves(root: Node) -> list[tuple[Key, Node]]:
+    return [(key, node) for key, node in root.walk() if not isinstance(node.value, dict | list)]
+
+
+def _two_adapters(composed: Composed) -> list[str]:
+    overlays = _of_kind(composed, "adapters")
+    names = [name for name, leaves in overlays if any(key[-2:] == ("adapter", "class_path") for key, _ in leaves)]
+    if len(names) < 2:
+        return []
+    return [
+        f"-c {names[-1]}: contradicts -c {names[-2]}: a model is trained with one adapter; leave one of them out "
+        "(to quantize the base there are -c precision/nf4 and its like)"
+    ]
+
+
+def _two_precisions(composed: Composed) -> list[str]:
+    """A quantized base stays where another precision is put on top: neither what the one says nor the other."""
+    overlays = _of_kind(composed, "precision")
+    in_force = {node.origin for _, node in _leaves(composed.root)}
+    for name, leaves in overlays[:-1]:
+        stays = [f"`{dotted(key)}`" for key, node in leaves if node.origin in in_force]
+        if 0 < len(stays) < len(leaves):
+            return [
+                f"-c {overlays[-1][0]}: contradicts -c {name}, of which {', '.join(stays)} would stay; leave one of "
+                "them out, and set what is to differ by a flag"
+            ]
+    return []
+
+
+def _more_than_single(composed: Composed) -> list[str]:
+    """`strategies/single` leaves the choice to Lightning, which takes ddp for more than one device."""
+    strategy = composed.origin(("trainer", "strategy"))
+    single = strategy.file is not None and config_name(strategy.file) == "strategies/single"
+    trainer = composed.values.get("trainer") or {}
+    for key in ("devices", "num_nodes") if single else ():
+        value = trainer.get(key, 1)
+        if value not in (1, "1"):
+            return [
+                f"{composed.origin(('trainer', key))}: `trainer.{key}` is {value}, which contradicts "
+                f"-c strategies/single ({strategy}); name another strategy, such as -c strategies/ddp"
+            ]
+    return []
 
 
 def _path(key: str) -> Key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 import warnings
 from argparse import ArgumentError
 from copy import deepcopy
@@ -22,7 +23,8 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 import callbacks as ours
 from recipes.compose import LINKED, Composed
 from recipes.diagnose import Diagnosis, fields_of, find_class
-from recipes.errors import UserError, one_line, user_message
+from recipes.errors import UserError, one_line, raised_in, user_message
+from recipes.hardware import check_gpus, check_strategy
 from recipes.ranks import under_srun
 from recipes.redaction import redact_config
 from recipes.run_folder import RunFolder
@@ -127,7 +129,16 @@ class RecipeCLI(LightningCLI):
             plugins.append(SLURMEnvironment(auto_requeue=False))
         given = config.get("callbacks") or []
         config["callbacks"] = self._with_defaults(given if isinstance(given, list) else [given])
-        return super().instantiate_trainer(plugins=plugins, logger=False, **kwargs)
+        check_gpus(self.composed, config.get("accelerator"), config.get("devices"))
+        try:
+            trainer = super().instantiate_trainer(plugins=plugins, logger=False, **kwargs)
+        except TypeError as error:
+            if "`devices`" not in str(error) or not raised_in(error.__traceback__, ("lightning",)):
+                raise
+            place = self.composed.origin(("trainer", "devices"))
+            raise UserError(f"{place}: `trainer.devices` is {config.get('devices')!r}: {one_line(error)}") from error
+        check_strategy(self.composed, trainer)
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if config.get("enable_checkpointing") is False:
@@ -216,6 +227,11 @@ class _RunPlace(Callback):
 def _our_cause(error: BaseException | None) -> BaseException | None:
     """The mistake of the user's behind an error, as our code said it."""
     while error is not None and user_message(error) is None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            # Of a union jsonargparse makes one text of what its members said, and keeps the errors in a local.
+            if frame.f_code.co_name == "raise_union_unexpected_value":
+                found = [_our_cause(member) for member in frame.f_locals["exceptions"]]
+                return next((member for member in found if member is not None), None)
         error = error.__cause__ or error.__context__
     return error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 from recipes.cluster_world import World, own_address, spans
 from recipes.compose import Composed
-from recipes.errors import OUR_PACKAGES
+from recipes.errors import OUR_PACKAGES, one_line
 from recipes.run_folder import PACKAGES
 
 Report = dict[str, Any]
@@ -37,11 +38,11 @@ def describe(world: World, composed: Composed | None, device: str) -> Report:
         "address": address,
         "interface": interface,
         "device": name,
-        "device_id": identity,
+        "device_id": identity if name else "",
         "versions": versions(),
         "code": code_digests(composed),
         "recipe": {} if composed is None else {"recipe": _digest(repr(composed.root.plain()).encode())},
-        "problem": "" if name else f"device {world.local_rank} is asked for, {identity} are visible",
+        "problem": import_problem(composed) if name else _too_few(world, identity),
     }
 
 
@@ -61,7 +62,7 @@ def code_digests(composed: Composed | None) -> dict[str, str]:
     root = Path(__file__).resolve().parent.parent
     files = [file for package in OUR_PACKAGES for file in sorted((root / package).rglob("*.py"))]
     found = {str(file.relative_to(root)): _digest(file.read_bytes()) for file in files}
-    for name in sorted(set(_modules({} if composed is None else composed.values))):
+    for name in sorted({path.split(".")[0] for path in _modules({} if composed is None else composed.values)}):
         if name in OUR_PACKAGES or name in sys.stdlib_module_names:
             continue
         spec = importlib.util.find_spec(name)
@@ -72,12 +73,28 @@ def code_digests(composed: Composed | None) -> dict[str, str]:
     return found
 
 
+def import_problem(composed: Composed | None) -> str:
+    """What is wrong with a module of the user's that the recipe names: mostly, that it imports what is not here."""
+    for name in dict.fromkeys(_modules({} if composed is None else composed.values)):
+        top = name.split(".")[0]
+        if top in OUR_PACKAGES or top in sys.stdlib_module_names:
+            continue
+        spec = importlib.util.find_spec(top)
+        if spec is None or not spec.origin or not Path(spec.origin).is_relative_to(Path.cwd()):
+            continue  # missing, or a library: those are compared by what they are
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001  # whatever a user's file does when it is read
+            return f"module {name} cannot be imported: {one_line(error)}"
+    return ""
+
+
 def _modules(value: Any) -> Iterator[str]:
-    """Top-level names of the modules whose classes a config names."""
+    """The modules whose classes a config names."""
     if isinstance(value, dict):
         path = value.get("class_path")
         if isinstance(path, str) and "." in path:
-            yield path.split(".")[0]
+            yield path.rpartition(".")[0]
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _modules(item)
 
@@ -86,7 +103,14 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def _device(kind: str, local_rank: int) -> tuple[str, str]:
+def _too_few(world: World, count: int) -> str:
+    """The same words on all ranks of a machine, so that one line says it."""
+    if count == 0:
+        return "no GPU is visible to torch; fewer --devices, other nodes, or --trainer.accelerator cpu"
+    return f"{count} GPU{'s' * (count > 1)} visible to torch, fewer than its processes, {world.local_size}"
+
+
+def _device(kind: str, local_rank: int) -> tuple[str, Any]:
     """The device of this process and what tells it from others; ("", how many there are) where it has none."""
     if kind == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -97,7 +121,7 @@ def _device(kind: str, local_rank: int) -> tuple[str, str]:
     # Slurm may show each task its own GPU only, as number 0.
     index = 0 if count == 1 and "SLURM_STEP_ID" in os.environ else local_rank
     if index >= count:
-        return "", str(count)
+        return "", count
     properties = torch.cuda.get_device_properties(index)
     return properties.name, str(getattr(properties, "uuid", ""))
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from recipes.errors import UserError
+from recipes.errors import RankError, UserError
 from recipes.ranks import under_srun
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
+_PATIENCE = 60.0  # seconds of one try to reach rank 0
+_NEWS = 60.0  # seconds between two lines about a wait
 _PORT_KEY = "litrecipes/preflight/port"
 
 
@@ -122,7 +125,7 @@ def open_store(world: World, seconds: float) -> TCPStore:
             with contextlib.suppress(RuntimeError):  # of a process that was just killed: look again
                 return TCPStore(world.address, port, None, False, timedelta(seconds=max(1.0, end - time.monotonic())))
         time.sleep(0.2)
-    raise UserError(
+    raise RankError(
         f"rank 0 at {world.address}:{world.port} was not reached within {seconds:.0f} s by rank {world.rank} on "
         f"{socket.gethostname()}: it never started, or a firewall or the wrong network interface is between them"
     )
@@ -148,6 +151,42 @@ def wait_until_closed(world: World, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not world.agent and world.port and time.monotonic() < end and _answers(world.address, world.port):
         time.sleep(0.05)
+
+
+def wait_for_nodes(world: World) -> None:
+    """Until the first process of every node is here, however long that takes: each may have data to prepare.
+
+    The processes' own connection would wait for half an hour. Who dies is noticed by the launcher, which ends all.
+    Called by the first process of each node, before there is that connection; of no effect in others.
+    """
+    if world.local_size >= world.size or world.rank % world.local_size:
+        return
+    others = list(range(world.local_size, world.size, world.local_size))
+    if world.rank == 0:
+        store = open_store(world, _PATIENCE)
+        _wait_for(store, world, "prepared", others)
+        store.set("all/0", "")
+        _wait_for(store, world, "left", others)
+        return
+    while True:
+        with contextlib.suppress(RankError):  # rank 0 has not opened it: it is busy
+            store = open_store(world, _PATIENCE)
+            break
+    store.set(f"prepared/{world.rank}", "")
+    _wait_for(store, world, "all", [0])
+    store.set(f"left/{world.rank}", "")
+    del store
+    wait_until_closed(world)
+
+
+def _wait_for(store: TCPStore, world: World, kind: str, ranks: list[int]) -> None:
+    begin = news = time.monotonic()
+    while not store.check([f"{kind}/{rank}" for rank in ranks]):
+        if time.monotonic() > news + _NEWS:
+            news = time.monotonic()
+            missing = world.names([rank for rank in ranks if not store.check([f"{kind}/{rank}"])])
+            print(f"waiting for {missing} to prepare data, {news - begin:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(0.2)
 
 
 def own_address(world: World) -> tuple[str, str]:

@@ -16,6 +16,10 @@ class UserError(ValueError):
     """A mistake of the user's; each line of the message is one problem: where, key, value, what is allowed, the fix."""
 
 
+class RankError(UserError):
+    """A mistake that only this rank can see, and that names it: said at once, where others wait for rank 0's word."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`` (did you mean `x`?)`` for the choice most like the word, or nothing where none is near."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
@@ -37,10 +41,12 @@ def user_message(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return "\n".join(line for line in str(error).splitlines() if line.strip())
-    if isinstance(error, ValueError) and _raised_in(error.__traceback__, OUR_PACKAGES):
+    if isinstance(error, ValueError) and raised_in(error.__traceback__, OUR_PACKAGES):
         return one_line(error)
-    if type(error) is ValueError and _raised_in(error.__traceback__, ("lightning",)):
+    if type(error) is ValueError and raised_in(error.__traceback__, ("lightning",)):
         return one_line(error)
+    if isinstance(error, ModuleNotFoundError) and raised_in(error.__traceback__, ("lightning",)):
+        return one_line(error)  # a package that a strategy, precision or logger needs; it says which
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if type(error).__name__ == "MisconfigurationException" and type(error).__module__.startswith("lightning"):
@@ -48,7 +54,7 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
-def _raised_in(traceback: TracebackType | None, packages: tuple[str, ...]) -> bool:
+def raised_in(traceback: TracebackType | None, packages: tuple[str, ...]) -> bool:
     """Whether the line that raised is one of these packages'."""
     if traceback is None:
         return False

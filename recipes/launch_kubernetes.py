@@ -10,7 +10,7 @@ from typing import Any
 
 from recipes.errors import UserError
 from recipes.launch_plan import Plan, Shell, add_common_arguments, as_yaml, folded, make_plan, new_job
-from recipes.launch_torchrun import JOIN_SECONDS, PORT, variables
+from recipes.launch_torchrun import ELASTIC, JOIN_SECONDS, PORT, timeouts, variables
 from recipes.redaction import redact_config
 
 RUNS, WORK = "/runs", "/work"
@@ -140,8 +140,8 @@ def _environment(args: argparse.Namespace) -> list[dict[str, str]]:
 def _command(plan: Plan, args: argparse.Namespace, job: str) -> str:
     """The shell's command of each pod: torchrun, which meets the others at pod 0 by its name in the service."""
     master = f"{job}-node-0-0.{job}:{PORT}"
-    conf = Shell(f'"is_host=$((JOB_COMPLETION_INDEX == 0)),join_timeout={JOIN_SECONDS}"')
-    words = ["exec", "python", "-m", "torch.distributed.run", "--nnodes", str(plan.nodes)]
+    conf = Shell(f'"is_host=$((JOB_COMPLETION_INDEX == 0)),{timeouts(JOIN_SECONDS)}"')
+    words = ["exec", "python", "-m", ELASTIC, "--nnodes", str(plan.nodes)]
     words += ["--nproc-per-node", str(plan.devices), "--max-restarts", "0"]
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", master, "--rdzv-id", job, "--rdzv-conf", conf]
     named = [plan.composed.name]

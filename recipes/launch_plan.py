@@ -180,13 +180,14 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
     check_values(composed)
     values = _parsed(composed)
     world = nodes * args.devices
+    replicas = world // _tensor_parallel(composed, values, world)
     batch = ((values.get("data") or {}).get("init_args") or {}).get("batch_size")
     window = values["trainer"].get("accumulate_grad_batches") or 1
-    _check_mesh(composed, values, world)
     if args.rows_per_step is not None:
         if least != nodes:
             raise UserError("--rows-per-step: cannot be kept while the number of nodes changes; give --nodes N")
-        window = _window(args.rows_per_step, world, batch)
+        parts = f"{replicas} {'devices' if replicas == world else 'groups of devices'}"
+        window = _window(args.rows_per_step, replicas, parts, batch)
         given = [*given, ("trainer.accumulate_grad_batches", str(window))]
         composed = compose(args.config, [*given, *sizes.items()])
         check_values(composed)
@@ -198,7 +199,7 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
         nodes,
         args.devices,
         values["trainer"].get("accelerator") != "cpu",
-        world * batch * window if isinstance(batch, int) else None,
+        replicas * batch * window if isinstance(batch, int) else None,
         args.preflight,
         args.check_only,
         directory,
@@ -234,8 +235,8 @@ def _parsed(composed: Composed) -> dict[str, Any]:
     return values
 
 
-def _check_mesh(composed: Composed, values: dict[str, Any], world: int) -> None:
-    """The sides of a mesh of devices, where the strategy has one, must multiply to the number of devices."""
+def _tensor_parallel(composed: Composed, values: dict[str, Any], world: int) -> int:
+    """Devices that work on the same rows. The sides of a mesh of devices must multiply to their number."""
     strategy = values["trainer"].get("strategy")
     sides = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
     data, tensor = sides.get("data_parallel_size"), sides.get("tensor_parallel_size")
@@ -245,18 +246,29 @@ def _check_mesh(composed: Composed, values: dict[str, Any], world: int) -> None:
             f"{composed.origin(key)}: `data_parallel_size` {data} x `tensor_parallel_size` {tensor} is "
             f"{data * tensor}, but there are {world} devices (--nodes x --devices)"
         )
+    name = "tensor_parallel" if "tensor_parallel" in sides else "tensor_parallel_size"
+    tensor = sides.get(name, 1)
+    if not isinstance(tensor, int):
+        return 1
+    if tensor < 1 or world % tensor:
+        key = tuple(long_key(composed.root, f"trainer.strategy.{name}").split("."))
+        raise UserError(
+            f"{composed.origin(key)}: `{name}` is {tensor}, which does not divide the {world} devices "
+            "(--nodes x --devices)"
+        )
+    return tensor
 
 
-def _window(rows: int, world: int, batch: Any) -> int:
-    """Micro-batches of an accumulation window."""
+def _window(rows: int, replicas: int, parts: str, batch: Any) -> int:
+    """Micro-batches of an accumulation window; `replicas`, called `parts`, is in how many the rows are dealt."""
     if not isinstance(batch, int):
         raise UserError("--rows-per-step: the recipe's data have no batch_size to reckon with; set the accumulation")
-    at_once = world * batch
+    at_once = replicas * batch
     if rows % at_once:
         below, above = rows // at_once * at_once, (rows // at_once + 1) * at_once
         near = f"{below} or {above}" if below else str(above)
         raise UserError(
-            f"--rows-per-step {rows}: does not divide: {world} devices x data.batch_size {batch} are {at_once} rows at "
+            f"--rows-per-step {rows}: does not divide: {parts} x data.batch_size {batch} are {at_once} rows at "
             f"once; write {near}, or another --data.batch_size"
         )
     return rows // at_once

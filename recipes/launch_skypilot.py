@@ -12,7 +12,7 @@ from typing import Any
 
 from recipes.errors import UserError
 from recipes.launch_plan import Plan, Shell, add_common_arguments, as_yaml, folded, make_plan
-from recipes.launch_torchrun import JOIN_SECONDS, PORT, export_line
+from recipes.launch_torchrun import ELASTIC, JOIN_SECONDS, PORT, export_line, timeouts
 
 RUNS = "/runs"
 _SETUP = "pip install torch==2.13.0 && pip install -c constraints.txt ."
@@ -86,9 +86,9 @@ def task(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
 def _run(plan: Plan, args: argparse.Namespace) -> str:
     lines = [export_line(args.interface)]
     lines.append('MASTER="$(echo "$SKYPILOT_NODE_IPS" | sed -n 1p)"')
-    words = ["exec", "python", "-m", "torch.distributed.run", "--nnodes", str(plan.nodes)]
+    words = ["exec", "python", "-m", ELASTIC, "--nnodes", str(plan.nodes)]
     words += ["--nproc-per-node", str(plan.devices), "--max-restarts", "0", "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", Shell(f'"$MASTER:{PORT}"'), "--rdzv-id", JOB]
-    words += ["--rdzv-conf", Shell(f'"is_host=$((SKYPILOT_NODE_RANK == 0)),join_timeout={JOIN_SECONDS}"')]
+    words += ["--rdzv-conf", Shell(f'"is_host=$((SKYPILOT_NODE_RANK == 0)),{timeouts(JOIN_SECONDS)}"')]
     more = [("runs_dir", RUNS)] if args.volume else []
     return "\n".join([*lines, folded([*words, "-m", "recipes", *plan.words(JOB, more=more)])]) + "\n"

@@ -15,7 +15,9 @@ PORT = 29500
 # torchrun's agent would keep one store over all restarts, with the addresses of dead processes: gloo then fails
 # at the first restart, or hangs. This gives each start a store, and a port, of its own.
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-JOIN_SECONDS = 300  # how long a node waits for the others to be started; torchrun's own default is 600
+JOIN_SECONDS = 300  # how long a node waits for others that a scheduler starts; torchrun's own default is 600
+_BY_HAND = 120  # and for others that somebody starts
+ELASTIC = "recipes.elastic"  # torchrun, which takes the same arguments
 
 
 def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +25,9 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--master", metavar="HOST[:PORT]", help=f"where node 0 can be reached (default port: {PORT})")
     parser.add_argument("--node-rank", type=int, metavar="R", help="run the command of this node here (0: the master)")
     parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="after crashes (default: 3)")
+    text = f"seconds that a node waits for the others to be started (default: {_BY_HAND})"
+    parser.add_argument("--join", type=int, default=_BY_HAND, metavar="S", help=text)
+    parser.add_argument("--local-addr", metavar="ADDRESS", help="of this node, where its name does not lead to it")
     parser.add_argument(
         "--job", metavar="NAME", help="of an earlier launch, to go on with its run (default: a new one)"
     )
@@ -35,6 +40,14 @@ def launch(args: argparse.Namespace) -> int:
     job = args.job or new_job(plan)
     if plan.nodes > 1 and args.master is None:
         raise UserError("--master: with several nodes, the host name of node 0 must be given")
+    if args.master is not None and not re.fullmatch(r"[^:]+(:\d+)?|\[[\da-fA-F:]+\](:\d+)?", args.master):
+        raise UserError(f"--master {args.master}: a host is asked for, or HOST:PORT with a number for the port")
+    if args.join < 1:
+        raise UserError(f"--join {args.join}: a number of seconds is asked for, at least 1")
+    if args.local_addr and args.node_rank is None:
+        raise UserError("--local-addr: is of one node; say which one by --node-rank")
+    if args.node_rank is not None and not 0 <= args.node_rank < plan.nodes:
+        raise UserError(f"--node-rank {args.node_rank}: there is no such node; allowed: 0 to {plan.nodes - 1}")
     if plan.nodes > 1 and args.node_rank is not None and args.job is None:
         raise UserError("--job: with --node-rank, all nodes must name the same job; any name that is new will do")
     commands = {rank: torchrun(plan, job, args, rank) for rank in ((0, 1) if plan.nodes > 1 else (0,))}
@@ -63,14 +76,21 @@ def torchrun(plan: Plan, job: str, args: argparse.Namespace, rank: int, python: 
     """
     nodes = f"{plan.least}:{plan.nodes}" if plan.elastic else str(plan.nodes)
     if plan.nodes == 1:
-        place, conf = "localhost:0", f"join_timeout={JOIN_SECONDS}"
+        place, conf = "localhost:0", f"join_timeout={args.join}"
     else:
         host, _, port = args.master.partition(":")
         # Said, not guessed from names: a host of several names would not know itself.
-        place, conf = f"{host}:{port or PORT}", f"is_host={int(rank == 0)},join_timeout={JOIN_SECONDS}"
+        place, conf = f"{host}:{port or PORT}", f"is_host={int(rank == 0)},{timeouts(args.join)}"
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", job, "--rdzv-conf", conf]
+    if args.local_addr:
+        rendezvous += ["--local-addr", args.local_addr]
     sizes = ["--nnodes", nodes, "--nproc-per-node", str(plan.devices), "--max-restarts", str(args.max_restarts)]
-    return [python, "-m", "torch.distributed.run", *sizes, *rendezvous, "-m", "recipes", *plan.words(job)]
+    return [python, "-m", ELASTIC, *sizes, *rendezvous, "-m", "recipes", *plan.words(job)]
+
+
+def timeouts(join: int) -> str:
+    """Of the rendezvous, as torchrun's `--rdzv-conf` has them: to reach the master, and until all have come."""
+    return f"join_timeout={join},read_timeout={join}"
 
 
 def _printed(plan: Plan, commands: dict[int, list[str]], interface: str | None) -> str:

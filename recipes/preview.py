@@ -43,12 +43,25 @@ def check_before_training(cli: RecipeCLI, *, verbose: bool, full: bool) -> None:
         )
     if config is not None and getattr(cli.datamodule, "flat", False):
         backbone.check_packing(config)
+    if config is not None and (tensor := getattr(cli.trainer.strategy, "tensor_parallel", 1)) > 1:
+        from llm_modules.strategies.parallel_plan import check_tensor_parallel
+
+        check_tensor_parallel(config, config.get_text_config().base_model_tp_plan, tensor)
     report = audit(cli)
     if report is not None and report.fatal:
         raise UserError("\n".join(report.fatal))
+    if report is not None:
+        _check_windows(cli)
     if verbose:
         lines = model_lines(cli, report)
         print("\n".join([*lines, "", *report_lines(report)] if full else lines), file=sys.stderr)
+
+
+def _check_windows(cli: RecipeCLI) -> None:
+    """An epoch must hold an optimizer step's rows over all devices."""
+    data: Any = cli.datamodule
+    data.trainer = cli.trainer  # as the Trainer itself will set it
+    _ = data.steps_per_epoch
 
 
 def check_model(cli: RecipeCLI) -> Any:

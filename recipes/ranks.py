@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
+import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_PARENT = os.getppid()  # the launcher, or rank 0 that started this process
+_WORD = 10.0  # seconds in which rank 0 comes to the same mistake, and the launcher ends the others
 
 FOLDER_VARIABLE = "LITRECIPES_RUN_FOLDER"  # set by rank 0 for the ranks that Lightning starts from its process
 
@@ -38,6 +44,35 @@ def under_srun() -> bool:
     # The same two names stand for a shell in an allocation, as Lightning takes them.
     shell = env.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return "SLURM_PROCID" in env and "SLURM_NTASKS" in env and "TORCHELASTIC_RUN_ID" not in env and not shell
+
+
+def own_rank() -> tuple[int, int]:
+    """(rank, rank on this machine), as a launcher has told them."""
+    env = os.environ
+    if under_srun():
+        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", "0"))
+    local = int(env.get("LOCAL_RANK", "0"))
+    return int(env.get("RANK", local)), local
+
+
+def word_of_this_rank() -> str | None:
+    """Who says a mistake that this process has found: what its line begins with; None: rank 0 has said it.
+
+    Rank 0 speaks at once, and its launcher then ends the other processes. One that still lives after a while has found
+    what rank 0 has not, or stands on another node with a log of its own; it says who it is. One on each node is enough:
+    the first that speaks ends the others there.
+    """
+    rank, local = own_rank()
+    if rank == 0:
+        return ""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's word
+    end = time.monotonic() + _WORD + min(local, 10)
+    while time.monotonic() < end:
+        if os.getppid() != _PARENT:
+            return None
+        time.sleep(0.1)
+    return f"rank {rank} on {socket.gethostname()}: "
 
 
 def job_id() -> str:

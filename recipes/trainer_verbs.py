@@ -69,12 +69,8 @@ def _run(command: Command, composed: Composed) -> int:
         print(cli.config_text(), end="")
         return 0
     cli.instantiate()
-    if verb == "fit" and told_folder() is None:
-        from recipes.preview import check_before_training
-
-        with first_on_each_machine(cli.trainer.local_rank) as chosen:
-            if chosen:
-                check_before_training(cli, verbose=cli.trainer.is_global_zero, full=command.dry_run)
+    if told_folder() is None:
+        _prepare(command, cli)
         if command.dry_run:
             return 0
     if verb != "fit" and checkpoint is None and cli.trainer.is_global_zero:
@@ -88,6 +84,22 @@ def _run(command: Command, composed: Composed) -> int:
             owned.mark_finished()
     part_from_the_others()
     return 0
+
+
+def _prepare(command: Command, cli: RecipeCLI) -> None:
+    """Prepares the data, which may take hours, before the processes are connected: no collective waits for it."""
+    from recipes.cluster_world import find_world, wait_for_nodes
+    from recipes.preview import check_before_training
+
+    with first_on_each_machine(cli.trainer.local_rank) as chosen:
+        if not chosen:
+            return
+        if command.verb == "fit":
+            check_before_training(cli, verbose=cli.trainer.is_global_zero, full=command.dry_run)
+        elif cli.datamodule is not None:
+            cli.datamodule.prepare_data()
+        if not command.dry_run:
+            wait_for_nodes(find_world())
 
 
 def find_checkpoint(command: Command, composed: Composed) -> tuple[RunFolder | None, Path | None]:

@@ -30,7 +30,10 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(
-            sharding_strategy=sharding_strategy, cpu_offload=offload, process_group_backend=process_group_backend
+            sharding_strategy=sharding_strategy,
+            cpu_offload=offload,
+            process_group_backend=process_group_backend,
+            auto_wrap_policy=set(),  # Lightning asks for one where it is HYBRID; `_setup_model` has its own
         )
 
     @property
