@@ -8,6 +8,8 @@ it starts the ranks itself; under torchrun or srun it uses those that are there.
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,11 +94,11 @@ class _Check:
         if not wrong:
             print("passed")
             return 0
-        if reason := self._rows_apart(ranks, rows):
-            return _fail(reason)
-        return _fail(wrong)
+        if (apart := ranks_differ(ranks)) is not None:
+            return _fail(apart)
+        return _fail(self._micro_batches(ranks, rows) or wrong)
 
-    def _rows_apart(self, ranks: Mapping[str, Any], rows: int) -> str | None:
+    def _micro_batches(self, ranks: Mapping[str, Any], rows: int) -> str | None:
         """What is said where one process with the ranks' own micro-batches has the ranks' gradient."""
         from recipes.gradient_difference import difference
 
@@ -104,7 +106,7 @@ class _Check:
         if self.part("same", alone=True, cut=f"{batch_size}x{rows // batch_size}"):
             return None
         pairs = zip(ranks["steps"], self._read("same")["steps"], strict=True)
-        if ranks_differ(ranks) is not None or not all(difference(a, b).within for a, b in pairs):
+        if not all(difference(actual, expected).within for actual, expected in pairs):
             return None
         return (
             f"the gradient depends on how rows are cut into micro-batches: one process with the ranks' own, of "
@@ -157,19 +159,18 @@ def ranks_differ(kept: Mapping[str, Any]) -> str | None:
         total = sum(float(gradient.double().norm()) ** 2 for gradient in gradients.values()) ** 0.5
         worst, rank, name = 0.0, 0, ""
         for tensor, distances in apart.items():
-            norm = max(float(gradients[tensor].double().norm()), ROUNDING * total)
+            # Of a tensor that is zero but for rounding, the rounding need not be the same.
+            norm = max(float(gradients[tensor].double().norm()), ROUNDING * total) or 1.0
             for number, distance in enumerate(distances):
-                value = distance / norm if norm else distance
-                if not value <= worst:
+                value = math.inf if math.isnan(distance / norm) else distance / norm
+                if value > worst:
                     worst, rank, name = value, number, tensor
-        if not worst <= TENSOR:
+        if worst > TENSOR:
             return f"rank {rank} has another gradient than rank 0: step {step}, {worst:.1e} in {name}"
     return None
 
 
 def _fail(reason: str) -> int:
-    import sys
-
     sys.stdout.flush()
     print(f"recipes: {reason}", file=sys.stderr)
     return 1

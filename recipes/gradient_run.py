@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,38 +12,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from llm_modules.strategies.full_gradients import full_gradients
+from recipes.bare_run import as_overrides, bare
 from recipes.compose import Composed
 from recipes.errors import UserError
 from recipes.ranks import first_on_each_machine, part_from_the_others, tell_folder, told_folder
-
-if TYPE_CHECKING:
-    from recipes.cli import RecipeCLI
 
 _SMALL = 0.02  # standard deviation of what is put where a trained tensor is all zeros
 
 
 def settings(composed: Composed, steps: int) -> list[tuple[str, str]]:
     """What a recipe is overridden with: fp32, so many steps, nothing that writes, measures or changes gradients."""
-    from recipes.cli import DEFAULT_CALLBACKS
-
-    values = {
-        "trainer.precision": "32-true",
-        "trainer.max_steps": steps,
-        "trainer.max_epochs": None,
-        "trainer.gradient_clip_val": None,
-        "trainer.callbacks": [],
-        "trainer.logger": False,
-        "trainer.enable_checkpointing": False,
-        "trainer.enable_progress_bar": False,
-        "trainer.limit_val_batches": 0,
-        "trainer.num_sanity_val_steps": 0,
-        "trainer.fast_dev_run": False,
-        "leave_out": list(DEFAULT_CALLBACKS),
-    }
-    backbone = composed.values["model"].get("init_args", {}).get("backbone")
-    if isinstance(backbone, dict):
-        values["model.backbone.dtype"] = None
-    return [(key, json.dumps(value)) for key, value in values.items()]
+    values: dict[str, Any] = {"trainer.precision": "32-true", "trainer.gradient_clip_val": None}
+    if isinstance(composed.values["model"].get("init_args", {}).get("backbone"), dict):
+        values |= {"model.backbone.dtype": None, "model.backbone.fp8": False}
+    return [*bare(steps), *as_overrides(values)]
 
 
 def alone(batch_size: int, accumulate: int) -> list[tuple[str, str]]:
@@ -56,7 +37,7 @@ def alone(batch_size: int, accumulate: int) -> list[tuple[str, str]]:
         "trainer.accumulate_grad_batches": accumulate,
         "data.batch_size": batch_size,
     }
-    return [(key, json.dumps(value)) for key, value in values.items()]
+    return as_overrides(values)
 
 
 def keep_gradients(composed: Composed, out: Path) -> None:
@@ -83,7 +64,7 @@ def keep_gradients(composed: Composed, out: Path) -> None:
                 check_before_training(cli, verbose=False, full=False)
         tell_folder(out.parent)  # the ranks that Lightning starts know by it that this was done
     prepare(cli.model)
-    cli.trainer.callbacks.append(KeepGradients(cli, out))  # type: ignore[attr-defined]
+    cli.trainer.callbacks.append(KeepGradients(out))  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     try:
         cli.trainer.fit(cli.model, datamodule=data)
@@ -120,8 +101,7 @@ class KeepGradients(Callback):
     Writes ``{"steps": [{name: gradient}], "ranks": [{name: difference of each rank}], "losses", ...}``.
     """
 
-    def __init__(self, cli: RecipeCLI, out: Path) -> None:
-        self._cli = cli
+    def __init__(self, out: Path) -> None:
         self._out = out
         self._steps: list[dict[str, Tensor]] = []
         self._ranks: list[dict[str, list[float]]] = []
@@ -156,7 +136,7 @@ class KeepGradients(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        data: Any = self._cli.datamodule
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         kept = {
             "steps": self._steps,
             "ranks": self._ranks,
