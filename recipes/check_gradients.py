@@ -41,26 +41,29 @@ def run_check(args: argparse.Namespace) -> int:
     composed = compose(args.config, args.overrides)
     check_values(composed)
     if args.out is not None:
-        return _part(args, composed)
+        _part(args, composed, args.out)
+        return 0
     from recipes.cluster_world import find_world
 
     world = find_world()
     with tempfile.TemporaryDirectory(prefix="litrecipes-gradients-") as folder:
         check = _Check(args, Path(folder))
-        status = check.part("ranks", alone=world.size == 1)
+        if world.size == 1:
+            status = check.part("ranks")
+            return status or check.judge()
+        _part(args, composed, Path(folder) / "ranks")  # this process is one of the ranks
         # The others' part is done; rank 0 has the gradient and judges it.
-        return status if status or world.rank > 0 else check.judge()
+        return check.judge() if world.rank == 0 else 0
 
 
-def _part(args: argparse.Namespace, composed: Composed) -> int:
+def _part(args: argparse.Namespace, composed: Composed, out: Path) -> None:
     from recipes.gradient_run import alone, keep_gradients, settings
 
     overrides = [*args.overrides, *settings(composed, args.steps)]
     if args.cut is not None:
         batch_size, accumulate = map(int, args.cut.split("x"))
         overrides += alone(batch_size, accumulate)
-    keep_gradients(compose(args.config, overrides), args.out)
-    return 0
+    keep_gradients(compose(args.config, overrides), out)
 
 
 class _Check:
@@ -68,19 +71,22 @@ class _Check:
         self.args = args
         self.folder = folder
 
-    def part(self, name: str, *, alone: bool, cut: str | None = None) -> int:
-        """Runs a part; its status. What is wrong it has said itself."""
+    def part(self, name: str, cut: str | None = None) -> int:
+        """Runs a part in a process of its own, with the ranks that it starts; its status, and what is wrong is said."""
         words = ["check", "gradients", "--steps", str(self.args.steps), "--out", str(self.folder / name)]
         words += [] if cut is None else ["--cut", cut]
-        status = run_own(words, self.args.config, self.args.overrides, alone=alone).returncode
-        return 1 if status < 0 else status  # ended by a signal
+        status = run_own(words, self.args.config, self.args.overrides).returncode
+        if status < 0:
+            what = "the ranks" if cut is None else "one process on all rows"
+            return _fail(f"{what}: ended by signal {-status} (9: by the system, for memory, or with another rank)")
+        return status
 
     def judge(self) -> int:
         """Compares with one process; says what is found."""
         ranks = self._read("ranks")
         rows = ranks["replicas"] * ranks["batch_size"] * ranks["accumulate"]
         other = other_cut(ranks["batch_size"], rows)
-        if status := self.part("one", alone=True, cut=f"{other}x{rows // other}"):
+        if status := self.part("one", cut=f"{other}x{rows // other}"):
             return status
         processes = ranks["processes"]
         print(
@@ -103,7 +109,7 @@ class _Check:
         from recipes.gradient_difference import difference
 
         batch_size = ranks["batch_size"]
-        if self.part("same", alone=True, cut=f"{batch_size}x{rows // batch_size}"):
+        if self.part("same", cut=f"{batch_size}x{rows // batch_size}"):
             return None
         pairs = zip(ranks["steps"], self._read("same")["steps"], strict=True)
         if not all(difference(actual, expected).within for actual, expected in pairs):

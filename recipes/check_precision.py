@@ -147,7 +147,7 @@ class _Check:
         """What one precision measured; or why it did not, and its status."""
         out = self.folder / f"{name.replace('/', '-')}.json"
         words = ["check", "precision", "--steps", str(self.args.steps), "--only", name, "--out", str(out)]
-        done = run_own(words, self.args.config, self.args.overrides, alone=True, captured=True)
+        done = run_own(words, self.args.config, self.args.overrides, captured=True)
         if done.returncode == 0:
             return json.loads(out.read_text(encoding="utf-8")), "", 0
         said = [line.removeprefix("recipes: ") for line in done.stderr.splitlines() if line.startswith("recipes: ")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ def keep_gradients(composed: Composed, out: Path) -> None:
     finally:
         tell_folder(None)
     part_from_the_others()
+    del cli, data
+    gc.collect()
+    torch.cuda.empty_cache()  # where this process is a rank, the reference comes next, on the same device
 
 
 def prepare(module: Any) -> None:

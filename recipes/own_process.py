@@ -23,18 +23,14 @@ def run_own(
     configs: Sequence[str],
     overrides: Sequence[tuple[str, str]],
     *,
-    alone: bool,
     captured: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs ``recipes WORDS -c CONFIGS --OVERRIDES`` and waits for its end.
+    """Runs ``recipes WORDS -c CONFIGS --OVERRIDES`` as one process, whatever started this one, and waits for its end.
 
     Args:
-        alone: as one process, whatever launcher started this one; else with the launcher's variables, as its rank.
         captured: keep what it writes on standard error, instead of letting it through.
     """
-    environment = dict(os.environ)
-    if alone:
-        environment = {k: v for k, v in environment.items() if k not in _TOLD and not k.startswith(_PREFIXES)}
+    environment = {k: v for k, v in os.environ.items() if k not in _TOLD and not k.startswith(_PREFIXES)}
     # Found where this process found it, also from another folder and by the ranks that Lightning starts.
     root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
