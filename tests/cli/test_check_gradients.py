@@ -83,7 +83,7 @@ def test_what_is_right_passes_also_with_lora_and_its_dropout(capfd: pytest.Captu
 
 @pytest.mark.slow
 def test_a_rank_whose_gradients_are_not_reduced(capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["--trainer.strategy", "broken.NeverReduced", "--devices", "2"]
+    words = ["--trainer.strategy", "{class_path: broken.NeverReduced}", "--devices", "2"]
     assert main(["check", "gradients", "-c", "tiny", *words]) == 1
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("recipes: ")]
     assert len(said) == 1
@@ -112,7 +112,7 @@ def test_inside_torchrun(folder: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("passed") == 1
