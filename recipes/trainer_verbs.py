@@ -14,6 +14,7 @@ from recipes.checks import check_values
 from recipes.command_line import Command, parse_command
 from recipes.compose import Composed, compose
 from recipes.errors import UserError, user_message
+from recipes.precision_rules import check_precision
 from recipes.ranks import first_on_each_machine, part_from_the_others, tell_folder, told_folder
 from recipes.requeue import how_to_go_on, requeued_when_told
 from recipes.run_folder import (
@@ -68,6 +69,7 @@ def _run(command: Command, composed: Composed) -> int:
     if command.print_config:
         print(cli.config_text(), end="")
         return 0
+    check_precision(composed, training=verb == "fit")
     cli.instantiate()
     if told_folder() is None:
         _prepare(command, cli)

@@ -21,6 +21,7 @@ from llm_modules.zoo.configuration import (
     nearest,
     with_room,
 )
+from llm_modules.zoo.float8 import Float8, check_float8, use_float8
 from llm_modules.zoo.head import HeadKind, check_head_kind
 from llm_modules.zoo.quantization import Quantization, check_quantization
 
@@ -60,6 +61,8 @@ class Backbone:
             (peft.LoraConfig, ...) or of ``llm_modules.zoo.bottleneck.BottleneckConfig``, or the folder of a trained
             adapter to go on with.
         quantization: the frozen base in 4 or 8 bits (bitsandbytes); to train, it takes an adapter.
+        fp8: matrix products of the blocks' linear layers in fp8 (torchao; Hopper GPUs or later), weights and optimizer
+            in fp32; ``emulated``: the same rounding on any device, slowly.
         trust_remote_code: run Python code that the source brings.
     """
 
@@ -75,6 +78,7 @@ class Backbone:
     lean: bool = True
     adapter: dict[str, Any] | str | None = None
     quantization: Quantization | None = None
+    fp8: Float8 = False
     trust_remote_code: bool = False
 
     @property
@@ -174,6 +178,8 @@ class Backbone:
             check_head(model)
         if self.lean and not self.compile:
             make_lean(hf)
+        if self.fp8:
+            use_float8(model, emulated=self.fp8 == "emulated")
         if self.adapter is not None or self.quantization is not None:
             from llm_modules.zoo.adapted import adapt
 
@@ -311,6 +317,7 @@ class Backbone:
         check_head_kind(self.head, self.head_chunk)
         if self.quantization is not None:
             check_quantization(self.quantization)
+        check_float8(self.fp8, frozen=self.adapter is not None or self.quantization is not None)
 
 
 def _checkpoint_activations(hf: PreTrainedModel) -> None:
