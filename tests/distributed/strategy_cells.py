@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from callbacks import AtomicCheckpointIO
+from callbacks.checkpoint_writer import CheckpointWriter
 from llm_modules.data import ConversationDataModule, TextDataModule
 from llm_modules.language_model import LanguageModelModule
 from llm_modules.optimizers import MuonAdamW
@@ -120,7 +121,8 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     )
     trainer.fit(module, datamodule=data, ckpt_path=cell.get("resume"))
     if cell.get("save"):
-        trainer.save_checkpoint(cell["save"])
+        writer = CheckpointWriter(sharded=cell.get("sharded", False), asynchronous=False)
+        writer.begin(trainer, cell["save"])
     weights = trainer.strategy.lightning_module_state_dict()
     whole = {name: value.clone() for name, value in weights.items()}
     return {"losses": record.losses, "norms": record.norms, "weights": whole}
