@@ -165,7 +165,7 @@ class StepCheckpoint(ModelCheckpoint):
         self._writer.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """No checkpoint: after an exception the state may be that of half a step. One that is being written is whole."""
+        """No checkpoint: the state may be that of half a step. One that is being written is whole."""
         self._writer.abandon()
         self._writer.close()
 

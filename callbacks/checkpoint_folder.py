@@ -1,7 +1,7 @@
 """A checkpoint as a folder of shards, written by all ranks: whole or not at all, as the file is.
 
-``step-XXXXXXXX.ckpt/`` holds ``state.pt`` (everything small, and the list of the files with their sizes and checksums) and a
-safetensors file of each rank.
+``step-XXXXXXXX.ckpt/`` holds ``state.pt`` (everything small, and the list of the files with their sizes and checksums)
+and a safetensors file of each rank.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from callbacks.checkpoint_errors import (
     CheckpointError,
@@ -58,7 +59,6 @@ def save_folder(parts: dict[str, Any], rest: dict[str, Any], path: Path, group: 
         return
     temporary = path.with_name(f".{path.name}-partial")
     from llm_modules.strategies.shards import held
-
 
     size = sum(local.nbytes for value in parts.values() for local in held(value))
     try:
@@ -118,10 +118,11 @@ class _Ranks:
 
     def together(self, path: Path, size: int, work: Callable[[], Any], on_all: bool = False) -> list[Any]:
         """Do ``work`` (on the first rank alone, or on all), and let all know how it went."""
-        result, error = None, None
+        result: Any = None
+        error: BaseException | None = None
         try:
             result = work() if on_all or self.first else None
-        except Exception as raised:
+        except (Exception, CheckpointException) as raised:  # noqa: BLE001  # the others are to hear of it
             error = raised
         said = self.all((result, None if error is None else _message(path, size, error)))
         messages = [message for _, message in said if message]
@@ -131,11 +132,10 @@ class _Ranks:
         return [value for value, _ in said]
 
 
-def _message(path: Path, size: int, error: Exception) -> tuple[str, str]:
+def _message(path: Path, size: int, error: BaseException) -> tuple[str, str]:
     """What kind of error, and its line."""
-    failures = getattr(error, "failures", None)  # torch.distributed.checkpoint's, of all ranks
-    if failures:
-        error = next(iter(failures.values()))[0]
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
     cause = os_error(error)
     if cause is not None:
         return "file", room_message(path, cause, size)

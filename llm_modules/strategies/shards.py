@@ -1,7 +1,7 @@
 """A checkpoint in shards: each rank writes the part that it holds, and reads the part that it needs.
 
-By torch.distributed.checkpoint, in its safetensors form: its other one keeps pickles. Names are those of one process, as
-in a whole checkpoint: ``state_dict.<parameter>`` and ``optimizer.<number>.<position>.<key>``.
+By torch.distributed.checkpoint, in its safetensors form: its other one keeps pickles. Names are those of one process,
+as in a whole checkpoint: ``state_dict.<parameter>`` and ``optimizer.<number>.<position>.<key>``.
 """
 
 from __future__ import annotations

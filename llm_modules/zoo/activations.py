@@ -25,7 +25,9 @@ def check_checkpointing(how: Checkpointing, compiled: bool) -> None:
             f"backbone.activation_checkpointing: unknown value {how!r}; allowed: true, false, selective, a number"
         )
     if not isinstance(how, bool | str) and how < 1:
-        raise ValueError(f"backbone.activation_checkpointing: {how} is not allowed; every 1st, 2nd, ... block, or false")
+        raise ValueError(
+            f"backbone.activation_checkpointing: {how} is not allowed; 1 or more (every n-th block), or a word"
+        )
     if how == "selective" and compiled:
         raise ValueError(
             "backbone.activation_checkpointing: selective does not go with compile, whose blocks hide their operators; "

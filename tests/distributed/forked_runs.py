@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,11 @@ WORLD = 2
 def warm_up() -> None:
     """Import what runs import, and nothing that starts threads."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
-    import transformers.models.llama.modeling_llama
-
-    import callbacks.checkpoint_folder
-    import llm_modules.language_model
-    import recipes.cli
-    import recipes.preview
-    import recipes.trainer_verbs  # noqa: F401
+    for name in (
+        "deepspeed", "transformers.models.llama.modeling_llama", "callbacks.checkpoint_folder", "recipes.cli",
+        "llm_modules.language_model", "recipes.preview", "recipes.trainer_verbs",
+    ):  # fmt: skip
+        import_module(name)
 
 
 def rank(number: int, group: int, port: int, run: dict[str, Any]) -> int:
@@ -51,7 +49,7 @@ def rank(number: int, group: int, port: int, run: dict[str, Any]) -> int:
         from recipes.__main__ import main
 
         status = main(run["words"])
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # a fork must not go on with what its parent does
         traceback.print_exc()
     finally:
         sys.stdout.flush()

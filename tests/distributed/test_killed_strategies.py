@@ -1,4 +1,4 @@
-"""Nothing is lost under any strategy: killed with SIGKILL twice and continued, a run has the losses of one that was not.
+"""Nothing is lost under any strategy: a run killed with SIGKILL twice and continued has the losses of one that was not.
 
 Two processes each; once between two micro-batches, once while a checkpoint is written: as a file or as shards, at once
 or in the background. One launch for all runs (see ``forked_runs``).

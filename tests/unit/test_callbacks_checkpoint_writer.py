@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from callbacks import AtomicCheckpointIO, StepCheckpoint
 from callbacks.checkpoint_errors import CheckpointError
+from callbacks.checkpoint_folder import save_folder
 from callbacks.metrics_csv import MACHINE_COLUMNS, read_rows
 
 FORMS = [(False, True), (True, False), (True, True)]
@@ -50,7 +51,9 @@ def test_holds_the_same_as_a_plain_one_and_resumes_the_run(sharded: bool, asynch
     assert found == ["last.ckpt", "step-00000004.ckpt"]  # the older ones went, the newest is complete
     assert (tmp_path / "other/checkpoints/last.ckpt").is_dir() == sharded
     fit(tmp_path / "other", 7, resume="last.ckpt", **options)
-    read = [AtomicCheckpointIO().load_checkpoint(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("plain", "other")]
+    read = [
+        AtomicCheckpointIO().load_checkpoint(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("plain", "other")
+    ]
     whole, other = (plain(checkpoint) for checkpoint in read)
     for key in ("files", "shapes", "shared"):
         other.pop(key, None)
@@ -142,13 +145,22 @@ def test_an_error_stops_the_run_in_one_line_and_the_former_checkpoint_stays(
 ) -> None:
     checkpoint = StepCheckpoint(every_n_steps=2, keep_best=0, sharded=sharded, asynchronous=asynchronous)
     trainer = make_trainer(tmp_path, checkpoint=checkpoint, max_steps=50)
-    with pytest.raises(CheckpointError, match="File too large while saving step-00000004.ckpt: it needs") as caught:
+    with pytest.raises(CheckpointError, match=r"File too large while saving step-00000004.ckpt: it needs") as caught:
         trainer.fit(TooLarge())
     assert "\n" not in str(caught.value)
     assert trainer.global_step <= 6  # at the latest when the next one is due
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-00000002.ckpt"]
     fit(tmp_path, 3, resume="last.ckpt")
+
+
+@pytest.mark.usefixtures("limit_file_size")
+def test_a_shard_that_does_not_fit_is_told_with_its_size(tmp_path: Path) -> None:
+    path, parts = tmp_path / "step-00000001.ckpt", {"state_dict.w": torch.zeros(100_000)}
+    with pytest.raises(CheckpointError, match=r"File too large .* needs about 400000 bytes") as caught:
+        save_folder(parts, {"state_dict": ["w"], "optimizer_states": [], "shared": {}}, path, None)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_written_when_the_run_fails_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
