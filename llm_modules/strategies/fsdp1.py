@@ -17,6 +17,8 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
         sharding_strategy: what is sharded: FULL_SHARD (weights, gradients, optimizer state), SHARD_GRAD_OP (not the
             weights), NO_SHARD (nothing: as ddp), HYBRID_SHARD (within a machine, replicated across).
         offload: keep shards in host memory between their uses.
+        forward_prefetch: gather the next block's weights before the present one computes, in the forward pass too (in
+            the backward pass it is always done): more overlap where the CPU is the slower one, more memory.
         process_group_backend: default: nccl on GPUs, gloo on CPUs.
     """
 
@@ -27,11 +29,13 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
         self,
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"] = "FULL_SHARD",
         offload: bool = False,
+        forward_prefetch: bool = False,
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(
             sharding_strategy=sharding_strategy, cpu_offload=offload, process_group_backend=process_group_backend
         )
+        self.forward_prefetch = forward_prefetch
 
     @property
     def shard_group(self) -> Any:
@@ -71,6 +75,7 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
             cpu_offload=self.cpu_offload,
             mixed_precision=self.mixed_precision_config,
             sharding_strategy=self.sharding_strategy,
+            forward_prefetch=self.forward_prefetch,
             auto_wrap_policy=ModuleWrapPolicy({type(block) for block in blocks}),
             device_id=self.root_device if self.root_device.type == "cpu" else self.root_device.index,
             ignored_states=ignored,

@@ -7,8 +7,10 @@ take 20 s of imports.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -37,6 +39,7 @@ def rank(number: int, group: int, port: int, run: dict[str, Any]) -> int:
         return pid
     status = 70
     try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not left behind by a launcher that is stopped
         os.setpgid(0, group)
         os.chdir(run["folder"])
         log = os.open(f"rank{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -57,6 +57,12 @@ STRATEGIES: dict[str, Any] = {
     "fsdp1": lambda: FSDP1Strategy(),
     "fsdp1-grad": lambda: FSDP1Strategy(sharding_strategy="SHARD_GRAD_OP"),
 }
+OPTIONS: dict[str, Any] = {
+    "fsdp2-prefetch": lambda: ShardedStrategy(prefetch=2),
+    "fsdp1-prefetch": lambda: FSDP1Strategy(forward_prefetch=True),
+    "tp-prefetch": lambda: ShardedStrategy(tensor_parallel=2, prefetch=1),
+}
+"""Not in the tables: they change when something is done, not what."""
 
 
 class Record(Callback):
@@ -78,7 +84,7 @@ class Record(Callback):
 
 
 def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
-    strategy = STRATEGIES[cell["strategy"]]()
+    strategy = (STRATEGIES | OPTIONS)[cell["strategy"]]()
     tensor = strategy.tensor_parallel if isinstance(strategy, ShardedStrategy) else 1
     accumulate = 2
     backbone = Backbone(config=MODELS[cell.get("model", "llama")], **cell.get("backbone", {}))
