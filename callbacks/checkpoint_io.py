@@ -116,7 +116,10 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            # Under another name first: what a kill leaves of it must not pass for a checkpoint.
+            going = path.with_name(f".{path.name}-partial")
+            path.rename(going)
+            shutil.rmtree(going)
         else:
             path.unlink(missing_ok=True)
 

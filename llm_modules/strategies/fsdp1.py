@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch.strategies import FSDPStrategy
@@ -57,6 +58,13 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
         finally:
             owner.whole_state = False
         return {name: value for name, value in weights.items() if name in trained}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """What is trained of a model is small: read whole, for FSDP1 cannot give a part of its parameters."""
+        assert self.lightning_module is not None
+        if hasattr(self.lightning_module.model, "whole_state"):
+            checkpoint = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}
+        super().load_model_state_dict(checkpoint, strict)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         """Each decoder block a unit. (torch takes a CPU only if it is told the device itself, not its index.)"""

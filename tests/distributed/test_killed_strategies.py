@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes.__main__ import main
 from tests.distributed.test_resume import RECIPE, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -104,5 +105,9 @@ def test_killed_and_resumed(name: str, runs: tuple[Path, dict[str, list[list[int
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= LOSS
     checkpoints = next((folder / f"{name}-killed").glob("runs/recipe/*/checkpoints"))
     assert (checkpoints / "last.ckpt").is_dir() == FORMS[CELLS[name][0]].get("sharded", False)
+    whole = next((folder / f"{name}-whole").glob("runs/recipe/*"))
+    assert main(["export", str(whole), str(folder / f"{name}-exported")]) == 0
+    exported = (folder / f"{name}-exported/model.safetensors").read_bytes()
+    assert exported == (whole / "export/model.safetensors").read_bytes()
     # What was half written is gone, the end is there.
     assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", f"step-{STEPS:08d}.ckpt"]

@@ -247,3 +247,12 @@ def test_what_a_killed_run_left_of_a_folder_goes_at_the_next_save(tmp_path: Path
     (leftover / "shard").write_bytes(b"half")
     fit(tmp_path, 2)
     assert not leftover.exists()
+
+
+def test_a_folder_that_goes_loses_its_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tmp_path, 2, sharded=True)
+    path, gone = tmp_path / "checkpoints/step-00000002.ckpt", []
+    monkeypatch.setattr("shutil.rmtree", lambda path: gone.append(Path(path).name))  # killed just then
+    AtomicCheckpointIO().remove_checkpoint(path)
+    assert not path.exists()
+    assert gone == [".step-00000002.ckpt-partial"]
