@@ -8,12 +8,14 @@ import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
+from weakref import proxy
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks.checkpoint_writer import CheckpointWriter
 from callbacks.metrics_csv import MetricsCSV
 
 _NAME = re.compile(r"step-(\d{8,})\.ckpt")
@@ -34,6 +36,9 @@ class StepCheckpoint(ModelCheckpoint):
         monitor: the validation metric that says which is best.
         mode: whether a small (`min`) or a large (`max`) value is good.
         dirpath: the folder; default: `checkpoints` in the run's folder.
+        sharded: each process writes the part that it holds, into a folder `step-XXXXXXXX.ckpt/`; otherwise rank 0
+            gathers all of it and writes one file.
+        asynchronous: a thread writes a copy (in host memory: as much again as the checkpoint) while training goes on.
     """
 
     def __init__(
@@ -44,6 +49,8 @@ class StepCheckpoint(ModelCheckpoint):
         monitor: str = "val/loss",
         mode: Literal["min", "max"] = "min",
         dirpath: str | None = None,
+        sharded: bool = False,
+        asynchronous: bool = False,
     ) -> None:
         for name, value, least in (("every_n_steps", every_n_steps, 0), ("keep_best", keep_best, 0)):
             if value < least:
@@ -63,6 +70,7 @@ class StepCheckpoint(ModelCheckpoint):
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.stop_with: SystemExit | None = None  # another callback's wish: save, then end the run with this
+        self._writer = CheckpointWriter(sharded, asynchronous)
         self._due = False
         self._resumed = False
         self._stop_now = False
@@ -107,6 +115,7 @@ class StepCheckpoint(ModelCheckpoint):
             self._stop_later = self._stop_later or trainer.should_stop
             trainer.should_stop = False
             return
+        self._settle(trainer, wait=False)
         trainer.should_stop = trainer.should_stop or self._stop_later
         if self._should_skip_saving_checkpoint(trainer):
             return
@@ -139,6 +148,7 @@ class StepCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._should_skip_saving_checkpoint(trainer) or _inside_window(trainer):
             return
+        self._settle(trainer, wait=True)  # first: it goes by what was the best until now
         best = self.keep_best > 0 and self._note_score(trainer)
         if best or self._due or _is_stopping(trainer) or self.stop_with is not None:
             self._due = False
@@ -151,29 +161,53 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step > 0 and not _inside_window(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self.save(trainer)
+        self._settle(trainer, wait=True)
+        self._writer.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Nothing: after an exception the state may be that of half a step."""
+        """No checkpoint: the state may be that of half a step. One that is being written is whole."""
+        self._writer.abandon()
+        self._writer.close()
 
     def save(self, trainer: pl.Trainer) -> str:
-        """Write a checkpoint of the present step; all ranks call it, between two optimizer steps. Returns its path."""
+        """Write a checkpoint of the present step; all ranks call it, between two optimizer steps. Returns its path.
+
+        An asynchronous one is begun, and complete some steps later, or when the run stops.
+        """
         assert self.dirpath is not None
         path = os.path.join(self.dirpath, f"step-{trainer.global_step:08d}.ckpt")
         if self._last_global_step_saved == trainer.global_step:
             return path
+        self._settle(trainer, wait=True)
         _flush_metrics(trainer)
         self.last_model_path = os.path.join(self.dirpath, "last.ckpt")
         if not self.keep_best:
             self.best_model_path = path
-        self._save_checkpoint(trainer, path)
+        self._writer.begin(trainer, path)
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
+        if self._writer.path is None:
+            self._put_in_place(trainer, path)
+        elif self.stop_with is not None:
+            self._settle(trainer, wait=True)
+        return path
+
+    def _settle(self, trainer: pl.Trainer, wait: bool) -> None:
+        """Put an asynchronous checkpoint in its place when it is complete; wait for it if asked."""
+        path = self._writer.path
+        if path is not None and self._writer.complete(trainer, wait):
+            self._put_in_place(trainer, path)
+
+    def _put_in_place(self, trainer: pl.Trainer, path: str) -> None:
+        """Links to a checkpoint that is complete now; those that it replaces go."""
         if trainer.is_global_zero:
             _link(self.last_model_path, path)
-            _set_aside_name(Path(path)).unlink(missing_ok=True)
+            trainer.strategy.remove_checkpoint(_set_aside_name(Path(path)))
             if self.best_k_models:
-                _link(os.path.join(self.dirpath, "best.ckpt"), self.best_model_path)
+                _link(os.path.join(str(self.dirpath), "best.ckpt"), self.best_model_path)
             self._remove_old(trainer)
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
         trainer.strategy.barrier("StepCheckpoint.save")
-        return path
 
     # --- which --------------------------------------------------------------------------------------------------
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-_LEFTOVERS = ".*.ckpt-partial"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from callbacks.checkpoint_errors import (
+    CheckpointError,
+    first_line,
+    os_error,
+    refuse_what_cannot_be_loaded,
+    siblings,
+    sync_folder,
+    write_message,
+)
+from callbacks.checkpoint_folder import REST, is_sharded, load_folder, remove_leftovers
+
 _GIB = 2**30
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read, for a reason that the user can remove; the message is one line."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -55,22 +58,20 @@ class AtomicCheckpointIO(CheckpointIO):
         except OSError as error:
             raise CheckpointError(f"{path.parent}: cannot be made: {error.strerror}; no checkpoint was lost") from error
         try:
-            # One process saves into a folder at a time, so whatever has this name belonged to a run that was killed.
-            for leftover in path.parent.glob(_LEFTOVERS):
-                leftover.unlink(missing_ok=True)
+            remove_leftovers(path.parent)
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _refuse_what_cannot_be_loaded(temporary)
+            refuse_what_cannot_be_loaded(temporary)
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
-            cause = _os_error(error)
+            cause = os_error(error)
             if cause is None:
                 raise
-            raise CheckpointError(_write_message(path, checkpoint, cause)) from error
+            raise CheckpointError(write_message(path, checkpoint, cause)) from error
 
     def load_checkpoint(
         self,
@@ -88,100 +89,47 @@ class AtomicCheckpointIO(CheckpointIO):
         Raises:
             CheckpointError: missing, truncated, corrupt, not a checkpoint of a run, or made to execute code.
         """
-        path = Path(path)
+        path = whole = Path(path)
+        if is_sharded(whole):
+            path = whole / REST
         _refuse_missing(path)
-        size = path.stat().st_size
-        large = size > self.mmap_above_gib * _GIB
+        size, limit = path.stat().st_size, self.mmap_above_gib * _GIB
+        large = size > limit
         try:
             if not large:
                 _verify_checksums(path)
             checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=large)
         except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(
-                f"{path}: truncated, damaged or no checkpoint ({size} bytes; {_first_line(error)}); others beside it: "
-                f"{_siblings(path)}"
+                f"{path}: truncated, damaged or no checkpoint ({size} bytes; {first_line(error)}); others beside it: "
+                f"{siblings(whole)}"
             ) from error
         except pickle.UnpicklingError as error:
             raise CheckpointError(_unsafe_message(path, error)) from error
         _refuse_other_layouts(path, checkpoint)
-        return checkpoint
+        if path == whole:
+            return checkpoint
+        if not {"files", "shapes", "shared"} <= checkpoint.keys():
+            raise CheckpointError(f"{path}: not a checkpoint of a run in shards: it has no list of its files")
+        return load_folder(whole, checkpoint, sum(entry[0] for entry in checkpoint["files"].values()) <= limit)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            # Under another name first: what a kill leaves of it must not pass for a checkpoint.
+            going = path.with_name(f".{path.name}-partial")
+            path.rename(going)
+            shutil.rmtree(going)
         else:
             path.unlink(missing_ok=True)
 
 
-def _refuse_what_cannot_be_loaded(path: Path) -> None:
-    """A checkpoint that its own run cannot read is found when it is written, not when it is needed."""
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    if unsafe:
-        raise TypeError(
-            f"the checkpoint holds {', '.join(sorted(unsafe))}, which loading with weights_only=True refuses: keep "
-            "plain Python values and tensors in state dicts and hyper-parameters"
-        )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _os_error(error: BaseException) -> OSError | None:
-    """The failed write behind ``error``; torch's zip writer wraps it, or only says that a write failed."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return None
-
-
-def _write_message(path: Path, checkpoint: dict[str, Any], cause: OSError) -> str:
-    if cause.errno not in _FULL:
-        return f"{path}: cannot be written: {cause.strerror}; no checkpoint was lost"
-    needed, free = checkpoint_bytes(checkpoint), shutil.disk_usage(path.parent).free
-    return (
-        f"{path.parent}: {cause.strerror} while saving {path.name}: it needs about {needed} bytes "
-        f"({needed / _GIB:.2f} GiB), {free} bytes ({free / _GIB:.2f} GiB) are free; make room or choose another "
-        f"folder, then resume with --ckpt_path last (complete checkpoints: {_siblings(path)})"
-    )
-
-
-def checkpoint_bytes(tree: Any) -> int:
-    """Bytes of the tensors in a nested structure, each storage counted once (as torch.save writes them)."""
-    storages: dict[int, int] = {}
-    for tensor in _tensors(tree):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _tensors(value)
-
-
 def _refuse_missing(path: Path) -> None:
     if path.is_dir():
-        raise CheckpointError(f"{path}: a folder, not a checkpoint file; it holds {_siblings(path / 'x')}")
+        raise CheckpointError(f"{path}: a folder, not a checkpoint file; it holds {siblings(path / 'x')}")
     if not path.is_file():
         link = f" (a link to {os.readlink(path)}, which is gone)" if path.is_symlink() else ""
-        raise CheckpointError(f"{path}: no such checkpoint{link}; {path.parent} holds {_siblings(path)}")
+        raise CheckpointError(f"{path}: no such checkpoint{link}; {path.parent} holds {siblings(path)}")
 
 
 def _verify_checksums(path: Path) -> None:
@@ -194,7 +142,7 @@ def _verify_checksums(path: Path) -> None:
 
 def _unsafe_message(path: Path, error: Exception) -> str:
     names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    what = f"holds {', '.join(names)}" if names else f"holds more than tensors and plain values ({_first_line(error)})"
+    what = f"holds {', '.join(names)}" if names else f"holds more than tensors and plain values ({first_line(error)})"
     return (
         f"{path}: {what}, which loading would have to execute; nothing of it was executed. Only checkpoints of tensors "
         "and plain values are loaded"
@@ -215,12 +163,3 @@ def _refuse_other_layouts(path: Path, checkpoint: Any) -> None:
 def _some(keys: Any, most: int = 5) -> str:
     names = [str(key) for key in keys]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more keys" if len(names) > most else "") or "no keys"
-
-
-def _siblings(path: Path) -> str:
-    return ", ".join(sorted(file.name for file in path.parent.glob("[!.]*.ckpt") if file != path)) or "none"
-
-
-def _first_line(error: Exception) -> str:
-    """The first sentence of an error of torch, which may go on for a page."""
-    return str(error).strip().split("\n")[0].split(". ")[0][:200]

@@ -127,9 +127,7 @@ def find_checkpoint(path: Path, which: str | None, average: int | None) -> Path:
     if path.is_file() or path.suffix == ".ckpt":
         if which is not None:
             raise UserError(f"--which {which}: goes with a run's folder, {path} is one checkpoint")
-        if path.is_dir():
-            raise UserError(f"{path}: a sharded checkpoint; export the run's whole ones")
-        if not path.is_file():
+        if not path.exists():
             near = (
                 nearest(path.name, (file.name for file in path.parent.glob("*.ckpt"))) if path.parent.is_dir() else ""
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch.strategies import FSDPStrategy
@@ -17,6 +18,8 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
         sharding_strategy: what is sharded: FULL_SHARD (weights, gradients, optimizer state), SHARD_GRAD_OP (not the
             weights), NO_SHARD (nothing: as ddp), HYBRID_SHARD (within a machine, replicated across).
         offload: keep shards in host memory between their uses.
+        forward_prefetch: gather the next block's weights before the present one computes, in the forward pass too (in
+            the backward pass it is always done): more overlap where the CPU is the slower one, more memory.
         process_group_backend: default: nccl on GPUs, gloo on CPUs.
     """
 
@@ -27,6 +30,7 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
         self,
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"] = "FULL_SHARD",
         offload: bool = False,
+        forward_prefetch: bool = False,
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -35,6 +39,7 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
             process_group_backend=process_group_backend,
             auto_wrap_policy=set(),  # Lightning asks for one where it is HYBRID; `_setup_model` has its own
         )
+        self.forward_prefetch = forward_prefetch
 
     @property
     def shard_group(self) -> Any:
@@ -57,6 +62,13 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
             owner.whole_state = False
         return {name: value for name, value in weights.items() if name in trained}
 
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """What is trained of a model is small: read whole, for FSDP1 cannot give a part of its parameters."""
+        assert self.lightning_module is not None
+        if hasattr(self.lightning_module.model, "whole_state"):
+            checkpoint = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}
+        super().load_model_state_dict(checkpoint, strict)
+
     def _setup_model(self, model: nn.Module) -> nn.Module:
         """Each decoder block a unit. (torch takes a CPU only if it is told the device itself, not its index.)"""
         from torch.distributed.fsdp import FullyShardedDataParallel
@@ -74,6 +86,7 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
             cpu_offload=self.cpu_offload,
             mixed_precision=self.mixed_precision_config,
             sharding_strategy=self.sharding_strategy,
+            forward_prefetch=self.forward_prefetch,
             auto_wrap_policy=ModuleWrapPolicy({type(block) for block in blocks}),
             device_id=self.root_device if self.root_device.type == "cpu" else self.root_device.index,
             ignored_states=ignored,

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from llm_modules.strategies.shards import ShardedOptimizerState, ShardedWeights, read_parts
+
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
@@ -32,14 +34,25 @@ def clean_name(name: str) -> str:
     return name
 
 
-def full_weights(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """The whole state dict, on the CPU; all ranks call it, rank 0 has the result."""
-    return get_model_state_dict(model, options=_options(device))  # type: ignore[return-value]
+def full_weights(model: nn.Module, device: torch.device, in_parts: bool = False) -> dict[str, Tensor]:
+    """The whole state dict, on the CPU; all ranks call it, rank 0 has the result.
+
+    Args:
+        in_parts: as it is spread, each rank its part.
+    """
+    return get_model_state_dict(model, options=None if in_parts else _options(device))  # type: ignore[return-value]
 
 
-def full_optimizer_state(model: nn.Module, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
-    """What the optimizer's own ``state_dict`` would be in one process; all ranks call it, rank 0 has the result."""
-    by_name: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_options(device))
+def full_optimizer_state(
+    model: nn.Module, optimizer: Optimizer, device: torch.device, in_parts: bool = False
+) -> dict[str, Any]:
+    """What the optimizer's own ``state_dict`` would be in one process; all ranks call it, rank 0 has the result.
+
+    Args:
+        in_parts: as it is spread, each rank its part.
+    """
+    options = None if in_parts else _options(device)
+    by_name: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
     if not by_name:
         return {}
     number = {name: i for i, name in enumerate(_names(model, optimizer))}
@@ -50,6 +63,20 @@ def full_optimizer_state(model: nn.Module, optimizer: Optimizer, device: torch.d
         positions = list(range(start, start + len(group["params"])))
         groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": positions})
     return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+
+def load_weights_from_shards(model: nn.Module, saved: ShardedWeights, strict: bool) -> None:
+    """Each rank reads its part from a checkpoint in shards.
+
+    Raises:
+        ValueError: names are missing or unknown.
+    """
+    state: dict[str, Any] = get_model_state_dict(model)
+    if strict and set(state) != set(saved):
+        missing, unknown = sorted(set(state) - set(saved)), sorted(set(saved) - set(state))
+        raise ValueError(f"ckpt_path: weights of another model: missing {missing[:3]}, unknown {unknown[:3]}")
+    read_parts(saved.reader, [(saved.key(name), value) for name, value in state.items() if name in saved])
+    set_model_state_dict(model, state, options=StateDictOptions(strict=strict))
 
 
 def load_full_weights(model: nn.Module, weights: Mapping[str, Any], strict: bool) -> None:
@@ -71,10 +98,26 @@ def load_full_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: Map
             f"ckpt_path: the checkpoint's optimizer has groups of {sizes} parameters, this run's of "
             f"{[len(group['params']) for group in optimizer.param_groups]}"
         )
-    state = {names[number]: values for number, values in saved["state"].items()}
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
-    options = StateDictOptions(full_state_dict=True)
+    shards = saved["state"] if isinstance(saved["state"], ShardedOptimizerState) else None
+    if shards is None:
+        state: dict[str, Any] = {names[number]: values for number, values in saved["state"].items()}
+    else:
+        state = _own_part(get_optimizer_state_dict(model, optimizer)["state"], shards, names)
+    options = StateDictOptions(full_state_dict=shards is None)
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+
+
+def _own_part(empty: Any, shards: ShardedOptimizerState, names: list[str]) -> dict[str, Any]:
+    """This rank's part of an optimizer's state, by name, read from shards into the ``empty`` one."""
+    state: dict[str, Any] = {}
+    wanted: list[tuple[str, Any]] = []
+    for position, small in shards.small.items():
+        values = {key: empty[names[position]][key] for key in shards.keys_of[position]}
+        wanted += [(shards.keys_of[position][key], value) for key, value in values.items()]
+        state[names[position]] = {**small, **values}
+    read_parts(shards.reader, wanted)
+    return state
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
@@ -94,12 +137,14 @@ class WholeCheckpoints:
     model: Any
     root_device: Any
     optimizers: Any
+    in_parts = False  # see shards.states_in_parts
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return full_weights(self.model, self.root_device)
+        return full_weights(self.model, self.root_device, self.in_parts)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return full_optimizer_state(self.model, getattr(optimizer, "_optimizer", optimizer), self.root_device)
+        own = getattr(optimizer, "_optimizer", optimizer)
+        return full_optimizer_state(self.model, own, self.root_device, self.in_parts)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)  # type: ignore[arg-type]
@@ -112,7 +157,11 @@ class WholeCheckpoints:
         return True
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        load_full_weights(self.model, checkpoint["state_dict"], strict)
+        weights = checkpoint["state_dict"]
+        if isinstance(weights, ShardedWeights):
+            load_weights_from_shards(self.model, weights, strict)
+        else:
+            load_full_weights(self.model, weights, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):

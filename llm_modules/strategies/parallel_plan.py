@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,7 @@ def spread(model: Any, mesh: DeviceMesh, strategy: Any) -> None:
     if data.size() > 1 or tensor.size() == 1:
         reshard, offload = getattr(strategy, "reshard_after_forward", True), getattr(strategy, "offload", False)
         shard(model, model.blocks(), data, reshard=reshard, offload=offload)
+        prefetch(model.blocks(), getattr(strategy, "prefetch", 0))
 
 
 def shard(
@@ -54,6 +55,19 @@ def shard(
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, offload_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard, offload_policy=policy)
+
+
+def prefetch(blocks: Sequence[Any], count: int) -> None:
+    """Gather the weights of the next ``count`` FSDP2 blocks while one computes; 0: leave it to torch.
+
+    By itself torch gathers the next block early in the backward pass, and in the forward pass when the CPU comes to it,
+    which is early enough only where the CPU is far ahead of the device.
+    """
+    if count == 0:
+        return
+    for number, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(list(blocks[number + 1 : number + 1 + count]))
+        block.set_modules_to_backward_prefetch(list(reversed(blocks[max(0, number - count) : number])))
 
 
 def parallelize(hf: Any, mesh: DeviceMesh) -> None:

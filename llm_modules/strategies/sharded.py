@@ -18,6 +18,8 @@ class ShardedStrategy(WholeCheckpoints, ModelParallelStrategy):
         reshard_after_forward: free a block's whole weights after its forward and gather them again for its backward
             (ZeRO-3); false keeps them (ZeRO-2): more memory, a third less communication.
         offload: keep shards and optimizer state in host memory, and step there.
+        prefetch: blocks whose weights are gathered while one computes, in the forward and in the backward pass; 0: as
+            torch does by itself (none; the next one). More memory: that many whole blocks.
         process_group_backend: default: nccl on GPUs, gloo on CPUs.
     """
 
@@ -28,10 +30,13 @@ class ShardedStrategy(WholeCheckpoints, ModelParallelStrategy):
         tensor_parallel: int = 1,
         reshard_after_forward: bool = True,
         offload: bool = False,
+        prefetch: int = 0,
         process_group_backend: str | None = None,
     ) -> None:
         if tensor_parallel < 1:
             raise ValueError(f"strategy.tensor_parallel: {tensor_parallel} is not allowed; 1 or more")
+        if prefetch < 0:
+            raise ValueError(f"strategy.prefetch: {prefetch} is not allowed; 0 or more blocks")
         super().__init__(
             tensor_parallel_size=tensor_parallel,
             save_distributed_checkpoint=False,
@@ -40,6 +45,7 @@ class ShardedStrategy(WholeCheckpoints, ModelParallelStrategy):
         self.tensor_parallel = tensor_parallel
         self.reshard_after_forward = reshard_after_forward
         self.offload = offload
+        self.prefetch = prefetch
 
     def setup_environment(self) -> None:
         devices = self.num_nodes * self.num_processes
@@ -47,6 +53,11 @@ class ShardedStrategy(WholeCheckpoints, ModelParallelStrategy):
             raise ValueError(
                 f"strategy.tensor_parallel: {self.tensor_parallel} does not divide the number of devices {devices}; "
                 "set trainer.devices to a multiple of it"
+            )
+        if self.prefetch and devices == self.tensor_parallel > 1:
+            raise ValueError(
+                f"strategy.prefetch: {self.prefetch}, but with tensor_parallel {self.tensor_parallel} on {devices} "
+                "devices no weights are gathered; set it to 0"
             )
         self._data_parallel_size = devices // self.tensor_parallel
         super().setup_environment()

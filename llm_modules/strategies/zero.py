@@ -35,6 +35,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     """
 
     flattens = True
+    in_parts = False  # see shards.states_in_parts
 
     def __init__(
         self,
@@ -108,11 +109,11 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return zero_weights(self.lightning_module)
+        return zero_weights(self.lightning_module, self.in_parts)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return zero_optimizer_state(self.lightning_module, self.deepspeed_engine.optimizer, self._groups)
+        return zero_optimizer_state(self.lightning_module, self.deepspeed_engine.optimizer, self._groups, self.in_parts)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)

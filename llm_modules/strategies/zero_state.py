@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_modules.strategies.shards import not_mine
 
-def zero_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict in the precision that is trained (fp32 where DeepSpeed keeps it); all ranks call it."""
+
+def zero_weights(model: nn.Module, in_parts: bool = False) -> dict[str, Tensor]:
+    """The whole state dict in the precision that is trained (fp32 where DeepSpeed keeps it); all ranks call it.
+
+    Args:
+        in_parts: the parameters are dealt among the ranks, each keeps its own.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-    for name, value in state.items():
+    for number, (name, value) in enumerate(state.items()):
         if not isinstance(value, nn.Parameter):
             state[name] = value.detach().cpu()
             continue
@@ -24,8 +30,14 @@ def zero_weights(model: nn.Module) -> dict[str, Tensor]:
         if whole is None:
             with _gathered(value):
                 whole = value.detach().clone()
-        state[name] = whole.cpu()
+        state[name] = _dealt(whole, number, in_parts)
     return state
+
+
+def _dealt(whole: Tensor, number: int, in_parts: bool) -> Tensor:
+    """A gathered tensor on the CPU; in parts, on one rank only."""
+    mine = not in_parts or number % torch.distributed.get_world_size() == torch.distributed.get_rank()
+    return whole.cpu() if mine else not_mine(whole)
 
 
 def load_zero_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: bool) -> None:
@@ -48,12 +60,15 @@ def load_zero_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: b
                 _set_part(target, weights[name], None)
 
 
-def zero_optimizer_state(model: nn.Module, zero: Any, groups: list[list[str]]) -> dict[str, Any]:
+def zero_optimizer_state(
+    model: nn.Module, zero: Any, groups: list[list[str]], in_parts: bool = False
+) -> dict[str, Any]:
     """What the optimizer's own ``state_dict`` would be in one process; all ranks call it.
 
     Args:
         zero: DeepSpeed's optimizer.
         groups: names of the parameters of each of the optimizer's groups.
+        in_parts: the parameters' states are dealt among the ranks, each keeps its own.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -69,7 +84,7 @@ def zero_optimizer_state(model: nn.Module, zero: Any, groups: list[list[str]]) -
             if not kept:
                 continue
             state[position] = {
-                key: safe_get_full_optimizer_state(parameters[name], key).cpu()
+                key: _dealt(safe_get_full_optimizer_state(parameters[name], key), position, in_parts)
                 if isinstance(value, Tensor) and value.ndim > 0
                 else deepcopy(value)  # the step: torch counts each parameter's by itself
                 for key, value in kept.items()

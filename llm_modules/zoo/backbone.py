@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from llm_modules.logprobs import DEFAULT_CHUNK
+from llm_modules.zoo.activations import Checkpointing, check_checkpointing, checkpoint_activations
 from llm_modules.zoo.attention import NAME
 from llm_modules.zoo.causal_lm import CausalLM
 from llm_modules.zoo.configuration import (
@@ -51,7 +52,9 @@ class Backbone:
         attention: ``packed`` (ours: packed documents are kept apart, without masks), ``sdpa``, ``eager``,
             ``flash_attention_2``, ... as transformers names them.
         activation_checkpointing: keep only each decoder block's input and compute the block again in the backward pass:
-            less memory, about a third more time.
+            less memory, about a third more time; a number n: only every n-th block; ``selective``: keep the outputs of
+            matrix products and attention too: less saved, hardly more time.
+        activation_offload: keep what the backward pass needs in host memory, for GPUs (on a CPU it only costs).
         compile: compile each decoder block with torch.compile: about a minute at the start, then faster.
         head: ``chunked`` scores the trained tokens without ever holding all the logits; ``plain`` holds them (for
             comparison); ``liger`` uses liger-kernel (CUDA).
@@ -71,7 +74,8 @@ class Backbone:
     init: Literal["pretrained", "random"] | None = None
     dtype: Dtype | None = None
     attention: str = NAME
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = False
+    activation_offload: bool = False
     compile: bool = False
     head: HeadKind = "chunked"
     head_chunk: int = DEFAULT_CHUNK
@@ -185,7 +189,9 @@ class Backbone:
 
             adapt(self, model, tokens=len(tokenizer), seed=seed, precision=precision, dequantize=dequantize)
         if self.activation_checkpointing:
-            _checkpoint_activations(hf)
+            checkpoint_activations(hf, self.activation_checkpointing)
+        if self.activation_offload:
+            model.offload_activations()
         if self.compile:
             model.compile_blocks()
         # from_pretrained gives a model in evaluation mode, which would train without dropout.
@@ -256,6 +262,7 @@ class Backbone:
             optimizer=optimizer,
             trained_share=trained_share,
             activation_checkpointing=self.activation_checkpointing,
+            activation_offload=self.activation_offload,
             attention=self.attention,
             head=self.head,
             head_chunk=self.head_chunk,
@@ -315,14 +322,7 @@ class Backbone:
         if self.attention not in kinds:
             raise ValueError(f"backbone.attention: unknown value {self.attention!r}{nearest(self.attention, kinds)}")
         check_head_kind(self.head, self.head_chunk)
+        check_checkpointing(self.activation_checkpointing, self.compile)
         if self.quantization is not None:
             check_quantization(self.quantization)
         check_float8(self.fp8, frozen=self.adapter is not None or self.quantization is not None)
-
-
-def _checkpoint_activations(hf: PreTrainedModel) -> None:
-    if not hf.supports_gradient_checkpointing:
-        raise ValueError(f"backbone.activation_checkpointing: {type(hf).__name__} does not support it; set it to false")
-    # Its name until transformers 5.2x, and since.
-    enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
-    enable({"use_reentrant": False})

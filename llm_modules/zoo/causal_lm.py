@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from llm_modules.batch import IGNORE_INDEX, TokenScores
 from llm_modules.logprobs import DEFAULT_CHUNK
+from llm_modules.zoo.activations import ActivationOffload
 from llm_modules.zoo.attention import training_layout
 from llm_modules.zoo.description import describe
 from llm_modules.zoo.estimate import token_flops
@@ -64,6 +66,7 @@ class CausalLM(nn.Module):
         self.adapter: Adapter | None = None
         self.virtual: VirtualTokens | None = None
         self.base: dict[str, Any] | None = None
+        self._offload: ActivationOffload | None = None
         self._head_type, self._head_is_adapted = type(hf.get_output_embeddings()), False
         # Now: a sharded model no longer knows its own size.
         self._description = describe(hf)
@@ -131,7 +134,7 @@ class CausalLM(nn.Module):
             }
         if self.virtual is not None:
             return self._with_virtual_tokens(self.virtual, input_ids, position_ids, document_offsets, layout)
-        with training_layout():
+        with training_layout(), self._offload or nullcontext():
             return self.hf.base_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout
             ).last_hidden_state
@@ -147,7 +150,7 @@ class CausalLM(nn.Module):
             layout |= {"max_length_q": longest, "max_length_k": longest}
         if laid.prefix is not None:
             layout = {**layout, "key_value_prefix": laid.prefix}
-        with training_layout():
+        with training_layout(), self._offload or nullcontext():
             states = self.hf.base_model(
                 inputs_embeds=laid.embeddings, position_ids=laid.positions, use_cache=False, **layout
             ).last_hidden_state
@@ -188,6 +191,10 @@ class CausalLM(nn.Module):
             raise ValueError(f"backbone.compile: {type(self.hf).__name__} has no decoder blocks; set it to false")
         for block in blocks:
             block.compile(dynamic=True)
+
+    def offload_activations(self) -> None:
+        """Keep what the decoder's backward pass needs in host memory."""
+        self._offload = ActivationOffload(self.blocks())
 
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks, in order."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_modules.logprobs import DEFAULT_CHUNK
+from llm_modules.zoo.activations import Checkpointing, OutputsKept, recomputed
 from llm_modules.zoo.attention import NAME, register
 from llm_modules.zoo.causal_lm import CausalLM
 from llm_modules.zoo.lean import make_lean
@@ -88,7 +89,8 @@ def peak_memory(
     precision: str = "32-true",
     optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
     trained_share: float = 1.0,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Checkpointing = False,
+    activation_offload: bool = False,
     attention: str = NAME,
     head: str = "chunked",
     head_chunk: int = DEFAULT_CHUNK,
@@ -107,7 +109,7 @@ def peak_memory(
         precision: the trainer's.
         optimizer: makes the optimizer of parameters (as in a recipe); None: AdamW.
         trained_share: share of the positions whose next token is trained.
-        activation_checkpointing, attention, head, head_chunk, lean: the backbone's.
+        activation_checkpointing, activation_offload, attention, head, head_chunk, lean: the backbone's.
         trainable: number of trainable parameters; None: all. (What an adapter's own layers keep for the backward pass
             is not counted: a tenth more with LoRA on all layers, twice as much with DoRA.)
         weights: bytes of all weights, where they are not all of the precision's dtype (a quantized base).
@@ -119,7 +121,13 @@ def peak_memory(
     size = torch.finfo(weight_dtype(precision)).bits // 8
     trained = parameters if trainable is None else trainable
     activations = activation_bytes(
-        config, tokens, precision, activation_checkpointing, attention, lean and device == "cpu"
+        config,
+        tokens,
+        precision,
+        activation_checkpointing,
+        attention,
+        lean and device == "cpu",
+        activation_offload and device != "cpu",
     )
     scoring = head_bytes(config, round(tokens * trained_share), precision, head, head_chunk, device)
     gradients, cpu = trained * size, device == "cpu"
@@ -160,26 +168,37 @@ def activation_bytes(
     config: PretrainedConfig,
     tokens: int,
     precision: str = "32-true",
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Checkpointing = False,
     attention: str = NAME,
     lean: bool = True,
+    offload: bool = False,
 ) -> int:
-    """What the backward pass of the decoder needs, for ``tokens`` positions."""
+    """What the backward pass of the decoder needs, for ``tokens`` positions.
+
+    Args:
+        offload: all blocks' but one's are in host memory.
+    """
     layers = config.get_text_config().num_hidden_layers
-    one, weights_of_one = _kept(config, 1, tokens, precision, attention, lean)
-    two, weights_of_two = _kept(config, 2, tokens, precision, attention, lean)
-    if not activation_checkpointing:
-        return one + (layers - 1) * (two - one)
+    one, weights_of_one, _ = _kept(config, 1, tokens, precision, attention, lean)
+    two, weights_of_two, products = _kept(config, 2, tokens, precision, attention, lean)
+    block = two - one
+    if offload:
+        return one
     mixed = precision.endswith("-mixed")
     inputs = tokens * config.get_text_config().hidden_size * torch.finfo(weight_dtype(precision)).bits // 8
     copies = 2 * (weights_of_two - weights_of_one) if mixed else 0  # autocast's, in half precision
-    return one + (layers - 1) * (inputs + copies)  # and one block as a whole, while it is computed again
+    again = recomputed(activation_checkpointing, layers)
+    stays = inputs + copies + (products // 2 if activation_checkpointing == "selective" else 0)
+    total = one - block + (layers - len(again)) * block + len(again) * stays
+    # The last block, if it is computed again, is there as a whole before anything is freed.
+    return total + block - stays if layers - 1 in again else total
 
 
 def _kept(
     config: PretrainedConfig, layers: int, tokens: int, precision: str, attention: str, lean: bool
-) -> tuple[int, int]:
-    """Bytes that autograd keeps of a forward pass of ``layers`` blocks, and the number of the model's parameters."""
+) -> tuple[int, int, int]:
+    """Of a forward pass of ``layers`` blocks: the bytes that autograd keeps, the number of the model's parameters, and
+    the bytes of what selective checkpointing keeps."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -204,9 +223,9 @@ def _kept(
 
         ids = torch.zeros(1, tokens, dtype=torch.long)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", low) if low else nullcontext():
+        with OutputsKept() as outputs, hooks, torch.autocast("cpu", low) if low else nullcontext():
             model.hidden_states(ids, torch.arange(tokens)[None])
-    return sum(sizes.values()), sum(parameter.numel() for parameter in hf.parameters())
+    return sum(sizes.values()), sum(parameter.numel() for parameter in hf.parameters()), outputs.bytes
 
 
 def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from callbacks import AtomicCheckpointIO
+from callbacks.checkpoint_writer import CheckpointWriter
 from llm_modules.data import ConversationDataModule, TextDataModule
 from llm_modules.language_model import LanguageModelModule
 from llm_modules.optimizers import MuonAdamW
@@ -56,6 +57,12 @@ STRATEGIES: dict[str, Any] = {
     "fsdp1": lambda: FSDP1Strategy(),
     "fsdp1-grad": lambda: FSDP1Strategy(sharding_strategy="SHARD_GRAD_OP"),
 }
+OPTIONS: dict[str, Any] = {
+    "fsdp2-prefetch": lambda: ShardedStrategy(prefetch=2),
+    "fsdp1-prefetch": lambda: FSDP1Strategy(forward_prefetch=True),
+    "tp-prefetch": lambda: ShardedStrategy(tensor_parallel=2, prefetch=1),
+}
+"""Not in the tables: they change when something is done, not what."""
 
 
 class Record(Callback):
@@ -77,7 +84,7 @@ class Record(Callback):
 
 
 def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
-    strategy = STRATEGIES[cell["strategy"]]()
+    strategy = (STRATEGIES | OPTIONS)[cell["strategy"]]()
     tensor = strategy.tensor_parallel if isinstance(strategy, ShardedStrategy) else 1
     accumulate = 2
     backbone = Backbone(config=MODELS[cell.get("model", "llama")], **cell.get("backbone", {}))
@@ -120,7 +127,8 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     )
     trainer.fit(module, datamodule=data, ckpt_path=cell.get("resume"))
     if cell.get("save"):
-        trainer.save_checkpoint(cell["save"])
+        writer = CheckpointWriter(sharded=cell.get("sharded", False), asynchronous=False)
+        writer.begin(trainer, cell["save"])
     weights = trainer.strategy.lightning_module_state_dict()
     whole = {name: value.clone() for name, value in weights.items()}
     return {"losses": record.losses, "norms": record.norms, "weights": whole}
