@@ -99,16 +99,22 @@ def packed_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and causal and query.shape[2] == key.shape[2]
     plain = plain and kwargs.get("position_bias") is None and kwargs.get("cache") is None
-    if cu_seq_lens_q is not None and not plain:
-        raise ValueError(f"attention: packed documents take no mask, cache or position bias in {type(module).__name__}")
+    context = kwargs.get("context_parallel")  # of slices of rows, see context_parallel.py
+    if (cu_seq_lens_q is not None or context is not None) and not plain:
+        kind = "packed documents" if context is None else "slices of rows"
+        raise ValueError(f"attention: {kind} take no mask, cache or position bias in {type(module).__name__}")
     if plain:
         if dropout:
             raise ValueError(
                 f"attention: {NAME!r} has no dropout, got {dropout}; set the model's attention dropout to 0"
             )
-        query, key, value = (t.transpose(1, 2) for t in _one_dtype(query, key, value))
+        query, key, value = _one_dtype(query, key, value)
+        if context is not None:
+            query, key, value = context.to_heads(query, key, value)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _documents(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap), None
+        out = _documents(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap)
+        return out if context is None else context.to_positions(out), None
     if softcap is not None:
         return _softcapped(module, query, key, value, attention_mask, scaling, dropout, softcap), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

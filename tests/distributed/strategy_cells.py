@@ -48,6 +48,9 @@ STRATEGIES: dict[str, Any] = {
     "fsdp2-keep": lambda: ShardedStrategy(reshard_after_forward=False),
     "tp": lambda: ShardedStrategy(tensor_parallel=max(2, int(os.environ.get("WORLD_SIZE", "1")))),
     "fsdp2-tp": lambda: ShardedStrategy(tensor_parallel=2),
+    "context": lambda: ShardedStrategy(context_parallel=max(2, int(os.environ.get("WORLD_SIZE", "1")))),
+    "fsdp2-context": lambda: ShardedStrategy(context_parallel=2),
+    "tp-context": lambda: ShardedStrategy(context_parallel=2, tensor_parallel=2),
     "zero1": lambda: ZeroStrategy(stage=1),
     "zero2": lambda: ZeroStrategy(stage=2),
     "zero3": lambda: ZeroStrategy(stage=3),
@@ -78,7 +81,8 @@ class Record(Callback):
 
 def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     strategy = STRATEGIES[cell["strategy"]]()
-    tensor = strategy.tensor_parallel if isinstance(strategy, ShardedStrategy) else 1
+    # Ranks that share the same rows.
+    sharing = strategy.tensor_parallel * strategy.context_parallel if isinstance(strategy, ShardedStrategy) else 1
     accumulate = 2
     backbone = Backbone(config=MODELS[cell.get("model", "llama")], **cell.get("backbone", {}))
     module = LanguageModelModule(
@@ -89,7 +93,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     )
     common: dict[str, Any] = {
         "sources": [{"path": cell["rows"]}],
-        "batch_size": ROWS_PER_STEP // (accumulate * max(1, world // tensor)),
+        "batch_size": ROWS_PER_STEP // (accumulate * max(1, world // sharing)),
         "packing": cell.get("packing", "batch"),
         "validation_fraction": 0.0,
         "tokenizer": "builtin:bytes",
