@@ -30,6 +30,10 @@ _MOVING_FREQUENCIES = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the longest position of the call: it is another one in each slice."""
 
 
+_SHARED = ("logprobs", "index", "log_normalizer", "mean_logprob")
+"""The fields of ``TokenScores`` that ``ContextParallel.share`` knows how to put together."""
+
+
 class Slice(NamedTuple):
     """One rank's positions (B, S) of a micro-batch; the offsets are those of the whole padded row."""
 
@@ -75,6 +79,7 @@ class ContextParallel:
         Args:
             targets: (B, T) of the whole rows.
         """
+        assert all(value is None or name in _SHARED for name, value in scores._asdict().items())
         length = targets.shape[1]
         index = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
         if not len(index):  # on every rank of the group

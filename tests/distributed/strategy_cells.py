@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from callbacks import AtomicCheckpointIO
+from callbacks import AtomicCheckpointIO, Throughput
 from llm_modules.data import ConversationDataModule, TextDataModule
 from llm_modules.language_model import LanguageModelModule
 from llm_modules.optimizers import MuonAdamW
@@ -62,11 +62,12 @@ STRATEGIES: dict[str, Any] = {
 
 
 class Record(Callback):
-    """The losses and norms of the steps, as the module logs them."""
+    """The losses, norms and tokens of the steps, as they are logged (tokens from the second on)."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.tokens: list[float] = []
         self.step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -77,6 +78,8 @@ class Record(Callback):
             self.step = trainer.global_step
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+            if (steps := trainer.callback_metrics.get("throughput/steps_per_second")) is not None:
+                self.tokens.append(float(trainer.callback_metrics["throughput/tokens_per_second"] / steps))
 
 
 def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
@@ -120,14 +123,14 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         num_sanity_val_steps=0,
         limit_val_batches=0,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[record],
+        callbacks=[Throughput(), record],
     )
     trainer.fit(module, datamodule=data, ckpt_path=cell.get("resume"))
     if cell.get("save"):
         trainer.save_checkpoint(cell["save"])
     weights = trainer.strategy.lightning_module_state_dict()
     whole = {name: value.clone() for name, value in weights.items()}
-    return {"losses": record.losses, "norms": record.norms, "weights": whole}
+    return {"losses": record.losses, "norms": record.norms, "tokens": record.tokens, "weights": whole}
 
 
 def main(cells: list[dict[str, Any]], out: Path) -> None:
