@@ -18,7 +18,7 @@ from llm_modules.batch import TokenScores
 from llm_modules.logprobs import next_token_targets
 from llm_modules.zoo.backbone import _checkpoint_activations
 from llm_modules.zoo.causal_lm import CausalLM
-from tests.parity.test_zoo_families import FAMILIES, pair, padded
+from tests.parity.test_zoo_families import FAMILIES, padded, pair
 
 LENGTHS = (5, 30, 1, 63)
 """Of the documents: 99 positions, which two ranks do not divide."""
