@@ -101,7 +101,7 @@ def packed_attention(
     plain = plain and kwargs.get("position_bias") is None and kwargs.get("cache") is None
     context = kwargs.get("context_parallel")  # of slices of rows, see context_parallel.py
     if not plain and (cu_seq_lens_q is not None or context is not None):
-        raise ValueError(f"attention: packed or sliced rows take no mask, cache or position bias in {type(module).__name__}")
+        raise ValueError(f"attention: packed or split rows take no mask, cache or bias in {type(module).__name__}")
     if plain:
         if dropout:
             raise ValueError(

@@ -71,7 +71,7 @@ def test_what_can_be_split_is_not_refused() -> None:
 def test_a_mask_over_slices_is_refused() -> None:
     states = torch.zeros(1, 2, 3, 4)
     module: Any = SimpleNamespace(is_causal=True)
-    with pytest.raises(ValueError, match="sliced rows take no mask"):
+    with pytest.raises(ValueError, match="split rows take no mask"):
         packed_attention(module, states, states, states, torch.ones(1, 1, 3, 3).bool(), context_parallel=object())
 
 
