@@ -126,5 +126,7 @@ def _sum_over_ranks(trainer: pl.Trainer, *works: _Work) -> list[_Work]:
         torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device), reduce_op="sum"
     )
     assert isinstance(total, torch.Tensor)
-    sums = total.long().tolist()
+    dealt = trainer.distributed_sampler_kwargs or {"num_replicas": trainer.world_size}
+    shared = trainer.world_size // dealt["num_replicas"]  # ranks that work on the same rows (tensor, context parallel)
+    sums = (total.long() // shared).tolist()
     return [_Work(computed, useful, work.steps) for (computed, useful), work in zip(sums, works, strict=True)]

@@ -27,10 +27,12 @@ def spread(model: Any, mesh: DeviceMesh, strategy: Any) -> None:
 
     Args:
         model: a ``CausalLM``.
-        mesh: with the dimensions ``data_parallel`` and ``tensor_parallel``.
+        mesh: with the dimensions ``data_parallel`` (over which weights are sharded) and ``tensor_parallel``.
         strategy: says how to shard (see ``ShardedStrategy``).
     """
     tensor, data = mesh["tensor_parallel"], mesh["data_parallel"]
+    if (context := getattr(strategy, "context_mesh", None)) is not None:
+        model.split_positions(context.get_group(), tensor.size())
     if tensor.size() > 1:
         parallelize(model.hf, tensor)
     if data.size() > 1 or tensor.size() == 1:

@@ -99,16 +99,19 @@ def packed_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and causal and query.shape[2] == key.shape[2]
     plain = plain and kwargs.get("position_bias") is None and kwargs.get("cache") is None
-    if cu_seq_lens_q is not None and not plain:
-        raise ValueError(f"attention: packed documents take no mask, cache or position bias in {type(module).__name__}")
+    context = kwargs.get("context_parallel")  # of slices of rows, see context_parallel.py
+    if not plain and (cu_seq_lens_q is not None or context is not None):
+        raise ValueError(f"attention: packed or split rows take no mask, cache or bias in {type(module).__name__}")
     if plain:
         if dropout:
             raise ValueError(
                 f"attention: {NAME!r} has no dropout, got {dropout}; set the model's attention dropout to 0"
             )
-        query, key, value = (t.transpose(1, 2) for t in _one_dtype(query, key, value))
+        states = _one_dtype(query, key, value)
+        states = states if context is None else context.to_heads(*states)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _documents(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap), None
+        out = _documents(*states, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap)
+        return out if context is None else context.to_positions(out), None
     if softcap is not None:
         return _softcapped(module, query, key, value, attention_mask, scaling, dropout, softcap), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -126,22 +129,22 @@ def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 
 
 def _documents(
-    query_BNHD: Tensor,
-    key_BNKD: Tensor,
-    value_BNKD: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     offsets: Tensor | None,
     max_length: int | None,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    query_BNHD, key_BNKD, value_BNKD = (t.transpose(1, 2) for t in (query, key, value))
     length = query_BNHD.shape[1]
     if window is not None and offsets is None and window >= length:
         window = None
     flash = query_BNHD.is_cuda and softcap is None and query_BNHD.dtype in (torch.float16, torch.bfloat16)
     if flash and query_BNHD.shape[-1] <= 256 and query_BNHD.shape[-1] == value_BNKD.shape[-1]:
         if offsets is None and window is None:
-            query, key, value = (t.transpose(1, 2) for t in (query_BNHD, key_BNKD, value_BNKD))
             grouped = query.shape[1] != key.shape[1]
             out = nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=grouped

@@ -19,6 +19,7 @@ from llm_modules.batch import IGNORE_INDEX, TokenScores
 from llm_modules.logprobs import DEFAULT_CHUNK
 from llm_modules.zoo.activations import ActivationOffload
 from llm_modules.zoo.attention import training_layout
+from llm_modules.zoo.context_parallel import ContextParallel, Slice, check_context_parallel
 from llm_modules.zoo.description import describe
 from llm_modules.zoo.estimate import token_flops
 from llm_modules.zoo.head import HeadKind, ScoringHead, head_transform
@@ -47,6 +48,7 @@ class CausalLM(nn.Module):
         adapter: what is trained of it; None: the model itself.
         virtual: virtual tokens before each document; None for most adapters.
         base: what the weights under an adapter are (see ``weights.base_description``).
+        context: the ranks that each compute some positions of the same rows; None: this one computes all.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class CausalLM(nn.Module):
         self.virtual: VirtualTokens | None = None
         self.base: dict[str, Any] | None = None
         self._offload: ActivationOffload | None = None
+        self.context: ContextParallel | None = None
         self._head_type, self._head_is_adapted = type(hf.get_output_embeddings()), False
         # Now: a sharded model no longer knows its own size.
         self._description = describe(hf)
@@ -97,7 +100,17 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: ``document_offsets`` for a model whose attention does not keep documents apart.
         """
-        hidden_BTH = self.hidden_states(input_ids, position_ids, document_offsets, max_document)
+        if self.context is None:
+            part = Slice(input_ids, position_ids, targets, document_offsets)
+            return self._scores(part, max_document, statistics, uniform)
+        part = self.context.slice(input_ids, position_ids, targets, document_offsets)
+        with self.context.own_random_numbers(input_ids.device) if self.training else nullcontext():
+            scores = self._scores(part, max_document or input_ids.shape[1], statistics, uniform)
+        return self.context.share(scores, targets)
+
+    def _scores(self, part: Slice, max_document: int, statistics: bool, uniform: bool) -> TokenScores:
+        hidden_BTH = self.hidden_states(part.input_ids, part.position_ids, part.document_offsets, max_document)
+        targets = part.targets
         index = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
         hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, index)
         output, targets_M = self.hf.get_output_embeddings(), targets.flatten().index_select(0, index)
@@ -132,6 +145,8 @@ class CausalLM(nn.Module):
                 "max_length_q": longest,
                 "max_length_k": longest,
             }
+        if self.context is not None:
+            layout["context_parallel"] = self.context
         if self.virtual is not None:
             return self._with_virtual_tokens(self.virtual, input_ids, position_ids, document_offsets, layout)
         with training_layout(), self._offload or nullcontext():
@@ -174,6 +189,20 @@ class CausalLM(nn.Module):
         trained = sum(p.numel() for p in adapter.parameters())
         self.flops = replace(self.flops, trained=min(1.0, trained / self._description["parameters"]))
         keep_trained_only(self)
+
+    def split_positions(self, group: Any, tensor: int = 1) -> None:
+        """From now on each rank of a process group computes a slice of the same rows (see ``ContextParallel``).
+
+        Args:
+            group: the process group.
+            tensor: devices that share each matrix.
+
+        Raises:
+            ValueError: this model cannot be computed in slices.
+        """
+        context = ContextParallel(group)
+        check_context_parallel(self, context.size, tensor)
+        self.context = context
 
     @property
     def generation_model(self) -> Any:

@@ -91,6 +91,45 @@ def packing_problem(config: PretrainedConfig, attention: str) -> str | None:
     return None if _close(packed, alone) else "its layers let documents of one row see each other"
 
 
+def slicing_problem(config: PretrainedConfig) -> str | None:
+    """Why slices of a row cannot be computed on several devices that exchange keys and values, or None.
+
+    In a small copy whose attention lets each position see nothing but itself, slices of a row must give what the whole
+    row gives: nothing else may look at other positions (as convolutions and recurrent layers do), or at a position's
+    place in the row instead of ``position_ids``.
+    """
+    return None if config.model_type in PROVED else try_slices(config)
+
+
+def try_slices(config: PretrainedConfig) -> str | None:
+    """See ``slicing_problem``; also tries families that the tests vouch for."""
+    trial = _trial_model(config, NAME)
+    trial.context = _Alone()  # type: ignore[assignment]
+    ids = torch.arange(sum(_DOCUMENTS))[None] * 7 % 61 + 1
+    positions = torch.arange(sum(_DOCUMENTS))[None]
+    try:
+        with torch.no_grad():
+            whole = trial.hidden_states(ids, positions)
+            slices = [
+                trial.hidden_states(one, places)
+                for one, places in zip(ids.chunk(2, 1), positions.chunk(2, 1), strict=True)
+            ]
+    except (ValueError, RuntimeError, TypeError) as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return None if _close(torch.cat(slices, 1), whole) else "its layers see other positions by more than attention"
+
+
+class _Alone:
+    """In the place of ``ContextParallel``: each position's attention is its own value."""
+
+    def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        return query, key, value
+
+    def to_positions(self, heads: Tensor) -> Tensor:
+        return self.value.transpose(1, 2)
+
+
 def adapter_problem(
     config: PretrainedConfig, attention: str, adapter: dict[str, Any] | str, quantization: Any
 ) -> str | None:

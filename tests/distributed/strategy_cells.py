@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from callbacks import AtomicCheckpointIO
+from callbacks import AtomicCheckpointIO, Throughput
 from callbacks.checkpoint_writer import CheckpointWriter
 from llm_modules.data import ConversationDataModule, TextDataModule
 from llm_modules.language_model import LanguageModelModule
@@ -49,6 +49,9 @@ STRATEGIES: dict[str, Any] = {
     "fsdp2-keep": lambda: ShardedStrategy(reshard_after_forward=False),
     "tp": lambda: ShardedStrategy(tensor_parallel=max(2, int(os.environ.get("WORLD_SIZE", "1")))),
     "fsdp2-tp": lambda: ShardedStrategy(tensor_parallel=2),
+    "context": lambda: ShardedStrategy(context_parallel=max(2, int(os.environ.get("WORLD_SIZE", "1")))),
+    "fsdp2-context": lambda: ShardedStrategy(context_parallel=2),
+    "tp-context": lambda: ShardedStrategy(context_parallel=2, tensor_parallel=2),
     "zero1": lambda: ZeroStrategy(stage=1),
     "zero2": lambda: ZeroStrategy(stage=2),
     "zero3": lambda: ZeroStrategy(stage=3),
@@ -66,11 +69,12 @@ OPTIONS: dict[str, Any] = {
 
 
 class Record(Callback):
-    """The losses and norms of the steps, as the module logs them."""
+    """The losses, norms and tokens of the steps, as they are logged (tokens from the second on)."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.tokens: list[float] = []
         self.step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -81,11 +85,14 @@ class Record(Callback):
             self.step = trainer.global_step
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+            if (steps := trainer.callback_metrics.get("throughput/steps_per_second")) is not None:
+                self.tokens.append(float(trainer.callback_metrics["throughput/tokens_per_second"] / steps))
 
 
 def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     strategy = (STRATEGIES | OPTIONS)[cell["strategy"]]()
-    tensor = strategy.tensor_parallel if isinstance(strategy, ShardedStrategy) else 1
+    # Ranks that share the same rows.
+    sharing = strategy.tensor_parallel * strategy.context_parallel if isinstance(strategy, ShardedStrategy) else 1
     accumulate = 2
     backbone = Backbone(config=MODELS[cell.get("model", "llama")], **cell.get("backbone", {}))
     module = LanguageModelModule(
@@ -96,7 +103,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     )
     common: dict[str, Any] = {
         "sources": [{"path": cell["rows"]}],
-        "batch_size": ROWS_PER_STEP // (accumulate * max(1, world // tensor)),
+        "batch_size": ROWS_PER_STEP // (accumulate * max(1, world // sharing)),
         "packing": cell.get("packing", "batch"),
         "validation_fraction": 0.0,
         "tokenizer": "builtin:bytes",
@@ -123,7 +130,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         num_sanity_val_steps=0,
         limit_val_batches=0,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[record],
+        callbacks=[Throughput(), record],
     )
     trainer.fit(module, datamodule=data, ckpt_path=cell.get("resume"))
     if cell.get("save"):
@@ -131,7 +138,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         writer.begin(trainer, cell["save"])
     weights = trainer.strategy.lightning_module_state_dict()
     whole = {name: value.clone() for name, value in weights.items()}
-    return {"losses": record.losses, "norms": record.norms, "weights": whole}
+    return {"losses": record.losses, "norms": record.norms, "tokens": record.tokens, "weights": whole}
 
 
 def main(cells: list[dict[str, Any]], out: Path) -> None:
