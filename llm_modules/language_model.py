@@ -72,9 +72,9 @@ class LanguageModelModule(LLMModule):
         assert self.model.routing is not None
         if "positions" not in batch.window:
             raise ValueError("data: batches do not count positions, over which the load-balancing loss is a mean")
-        self._balance.add(self.sum_over_ranks(scores.router_load), first=batch.micro_step == 0)
         coefficient, top_k = self.model.routing
-        term = self._balance.term(scores.router_probability, top_k, coefficient)
+        load, first = self.sum_over_ranks(scores.router_load), batch.micro_step == 0
+        term = self._balance.term(load, scores.router_probability, top_k, coefficient, first=first)
         if coefficient:
             output.terms["router_aux_loss"] = term
         else:

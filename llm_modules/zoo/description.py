@@ -29,6 +29,7 @@ _NOT_THE_MODEL = {
     "is_encoder_decoder",
     "output_router_logits",
     "router_aux_loss_coef",
+    "aux_loss_coef",
 }
 """Keys of a config that may differ between two configs of one model."""
 

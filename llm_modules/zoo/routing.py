@@ -16,8 +16,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-COEFFICIENT = "router_aux_loss_coef"
-"""The key of a config that holds the coefficient of the load-balancing loss."""
+_KEYS = ("router_aux_loss_coef", "aux_loss_coef")
+"""What families call the coefficient of the load-balancing loss in their config."""
 
 
 class Routing(NamedTuple):
@@ -38,13 +38,13 @@ def routing_of(hf: PreTrainedModel) -> Routing | None:
     A family that has the coefficient in its config and no load-balancing loss in transformers is trained without it,
     which a warning says.
     """
-    coefficient = getattr(hf.config.get_text_config(), COEFFICIENT, None)
+    key, coefficient = _coefficient(hf.config)
     if coefficient is None or not _trains_router(hf):
         return None
     if not hasattr(sys.modules[type(hf).__module__], "load_balancing_loss_func"):
         if coefficient:
             warnings.warn(
-                f"backbone: {hf.config.model_type!r} has {COEFFICIENT} {coefficient}, but transformers has no "
+                f"backbone: {hf.config.model_type!r} has {key} {coefficient}, but transformers has no "
                 "load-balancing loss for it; its experts are trained without one",
                 stacklevel=2,
             )
@@ -55,10 +55,15 @@ def routing_of(hf: PreTrainedModel) -> Routing | None:
 
 def check_routing(config: PretrainedConfig) -> list[str]:
     """What is wrong with the coefficient; one line each."""
-    coefficient = getattr(config.get_text_config(), COEFFICIENT, None)
+    key, coefficient = _coefficient(config)
     if coefficient is not None and coefficient < 0:
-        return [f"backbone.config.{COEFFICIENT}: {coefficient} is negative; allowed: 0 (off) or more"]
+        return [f"backbone.config.{key}: {coefficient} is negative; allowed: 0 (off) or more"]
     return []
+
+
+def _coefficient(config: PretrainedConfig) -> tuple[str, float | None]:
+    values = vars(config.get_text_config())
+    return next(((key, values[key]) for key in _KEYS if values.get(key) is not None), (_KEYS[0], None))
 
 
 def router_statistics(

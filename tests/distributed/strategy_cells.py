@@ -34,6 +34,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
     },
+    "mixtral": {
+        "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "num_local_experts": 4,
+    },
+    "olmoe": {
+        "model_type": "olmoe", "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1],
+    },
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
              "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }  # fmt: skip
@@ -64,6 +78,7 @@ class Record(Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.balance: list[float] = []  # of mixtures of experts
         self.step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -74,13 +89,16 @@ class Record(Callback):
             self.step = trainer.global_step
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+            if "train/router_aux_loss" in trainer.callback_metrics:
+                self.balance.append(float(trainer.callback_metrics["train/router_aux_loss"]))
 
 
 def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     strategy = STRATEGIES[cell["strategy"]]()
     tensor = strategy.tensor_parallel if isinstance(strategy, ShardedStrategy) else 1
     accumulate = 2
-    backbone = Backbone(config=MODELS[cell.get("model", "llama")], **cell.get("backbone", {}))
+    config = MODELS[cell.get("model", "llama")] | cell.get("config", {})
+    backbone = Backbone(config=config, **cell.get("backbone", {}))
     module = LanguageModelModule(
         backbone,
         optimizer=OPTIMIZERS[cell.get("optimizer", "adamw")],
@@ -123,7 +141,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         trainer.save_checkpoint(cell["save"])
     weights = trainer.strategy.lightning_module_state_dict()
     whole = {name: value.clone() for name, value in weights.items()}
-    return {"losses": record.losses, "norms": record.norms, "weights": whole}
+    return {"losses": record.losses, "norms": record.norms, "balance": record.balance, "weights": whole}
 
 
 def main(cells: list[dict[str, Any]], out: Path) -> None:
