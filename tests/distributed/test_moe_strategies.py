@@ -17,7 +17,12 @@ JOBS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"stage": "sft", "model": "qwen3_moe", "config": {"router_aux_loss_coef": 0.3}},
     "LoRA on experts": {"stage": "sft", "model": "mixtral", "backbone": {"adapter": EXPERTS}},
 }
-CELLS = [("ddp", "mixtral"), *((name, job) for name in ("fsdp2", "tp", "fsdp1", "zero3") for job in JOBS)]
+CELLS = [
+    *((name, "mixtral") for name in ("ddp", "fsdp2", "tp", "fsdp1", "zero3")),
+    ("tp", "olmoe"),
+    *((name, "qwen3_moe") for name in ("fsdp2", "tp")),
+    *((name, "LoRA on experts") for name in ("ddp", "fsdp2", "tp", "fsdp1", "zero3")),
+]
 REFUSED: dict[tuple[str, str], str] = {}
 
 
