@@ -23,7 +23,7 @@ CELLS = [
     *((name, "qwen3_moe") for name in ("fsdp2", "tp")),
     *((name, "LoRA on experts") for name in ("ddp", "fsdp2", "tp", "fsdp1", "zero3")),
 ]
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED = {("fsdp1", "LoRA on experts"): "strategy: FSDP1 cannot train LoRA on stacked experts"}
 
 
 @pytest.fixture(scope="module")
