@@ -130,7 +130,9 @@ class CausalLM(nn.Module):
     def _watches_router(self) -> bool:
         return self.routing is not None and self.training and torch.is_grad_enabled()
 
-    def _decode(self, input_ids: Tensor, position_ids: Tensor, document_offsets: Tensor | None, max_document: int) -> Any:
+    def _decode(
+        self, input_ids: Tensor, position_ids: Tensor, document_offsets: Tensor | None, max_document: int
+    ) -> Any:
         """The base model's output: ``last_hidden_state``; ``router_logits`` in training of a mixture of experts."""
         layout: dict[str, Any] = {}
         if document_offsets is not None:

@@ -1,4 +1,4 @@
-"""Mixtures of experts under the strategies that spread a model, with their load-balancing loss: what one process trains."""
+"""Mixtures of experts, with their load-balancing loss, under the strategies that spread a model: as in one process."""
 
 from __future__ import annotations
 

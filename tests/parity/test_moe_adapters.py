@@ -81,7 +81,10 @@ def test_unmerged_and_merged_say_what_was_trained(name: str, adapter: str, tmp_p
     ("arguments", "message"),
     [
         ({"use_dora": True}, r"does not work with use_dora=True\. \(.*plain LoRA only"),
-        ({"lora_dropout": 0.1}, r"does not work with lora_dropout != 0\. \(.*set these off, or target_modules: \[q_proj"),
+        (
+            {"lora_dropout": 0.1},
+            r"does not work with lora_dropout != 0\. \(.*set these off, or target_modules: \[q_proj",
+        ),
         (
             {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_proj"]},
             r"^backbone\.adapter\.target_parameters: 'experts\.gate_proj' matches no parameter; there are "
@@ -98,7 +101,9 @@ def test_what_peft_cannot_is_one_line(arguments: dict[str, Any], message: str) -
 
 def test_initializations_that_need_a_matrix_are_refused() -> None:
     adapter = {"class_path": "peft.LoraConfig", "init_args": {"init_lora_weights": "olora"}}
-    message = r"\(down_proj, gate\.weight, gate_up_proj: peft adapts stacked experts by plain LoRA only, without dropout"
+    message = (
+        r"\(down_proj, gate\.weight, gate_up_proj: peft adapts stacked experts by plain LoRA only, without dropout"
+    )
     with pytest.raises(ValueError, match=message):
         Backbone(config=family("mixtral"), adapter=adapter).build(
             tokenizer=byte_tokenizer(), sequence_length=16, seed=3
