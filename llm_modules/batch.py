@@ -40,6 +40,7 @@ class TokenBatch:
         window: name of a count -> its sum over this rank's micro-batches of the accumulation window that the batch
             belongs to (set by the loader, which looks one window ahead). Empty in validation.
         padding: number of padding positions in ``input_ids``.
+        lengths: (B,) int64 positions of each row before its padding; None: there is none.
         micro_step: place of this micro-batch in its accumulation window, from 0.
     """
 
@@ -52,12 +53,15 @@ class TokenBatch:
     window: dict[str, float] = field(default_factory=dict)
     micro_step: int = 0
     padding: int = 0
+    lengths: Tensor | None = None
 
     def counts(self) -> dict[str, float]:
-        """The denominators that this micro-batch contributes: ``{"tokens": trained targets}``."""
+        """The denominators that this micro-batch contributes: ``tokens`` are trained targets, ``positions`` all but
+        padding."""
         from llm_modules.logprobs import next_token_targets
 
-        return {"tokens": float((next_token_targets(self.labels, self.position_ids) != IGNORE_INDEX).sum())}
+        tokens = (next_token_targets(self.labels, self.position_ids) != IGNORE_INDEX).sum()
+        return {"tokens": float(tokens), "positions": float(self.tokens()[1])}
 
     def tokens(self) -> tuple[int, int]:
         """(positions computed, positions that are not padding)."""
@@ -93,12 +97,17 @@ class TokenScores(NamedTuple):
         index: (M,) int64 places of the targets' *predicting* positions in the flattened (B * T) batch.
         log_normalizer: (M,) logsumexp of the logits (for z-loss), if asked for.
         mean_logprob: (M,) mean over the vocabulary of log p (for label smoothing), if asked for.
+        router_load: (layers, experts) tokens that visited each expert, without a gradient; in training, of a mixture of
+            experts whose routers are trained.
+        router_probability: (experts,) the routers' probabilities, summed over positions and layers; likewise.
     """
 
     logprobs: Tensor
     index: Tensor  # type: ignore[assignment]  # no tuple is asked for the place of a value here
     log_normalizer: Tensor | None = None
     mean_logprob: Tensor | None = None
+    router_load: Tensor | None = None
+    router_probability: Tensor | None = None
 
 
 @dataclass

@@ -9,9 +9,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llm_modules.base import LLMModule
-from llm_modules.batch import ObjectiveOutput, TokenBatch
+from llm_modules.batch import ObjectiveOutput, TokenBatch, TokenScores
 from llm_modules.generation import Generator
 from llm_modules.logprobs import next_token_targets
+from llm_modules.objectives.balance import LoadBalance
 from llm_modules.objectives.language import LanguageObjective, NextToken
 from llm_modules.zoo import Backbone
 
@@ -44,6 +45,7 @@ class LanguageModelModule(LLMModule):
         super().__init__(backbone, optimizer, schedule, tokenizer, sequence_length, seed)
         self.objective = objective or NextToken()
         self.generator = generator or Generator()
+        self._balance = LoadBalance()
 
     def objective_step(self, batch: TokenBatch) -> ObjectiveOutput:
         assert self.model is not None
@@ -53,10 +55,32 @@ class LanguageModelModule(LLMModule):
             next_token_targets(batch.labels, batch.position_ids),
             batch.document_offsets,
             batch.max_document,
+            lengths=batch.lengths,
             statistics=self.objective.needs_statistics,
             uniform=self.objective.uniform,
         )
-        return self.objective(scores)
+        output = self.objective(scores)
+        if scores.router_load is not None:
+            self._add_balance(output, scores, batch)
+        return output
+
+    def _add_balance(self, output: ObjectiveOutput, scores: TokenScores, batch: TokenBatch) -> None:
+        """The load-balancing loss of a mixture of experts; only logged where its coefficient is 0."""
+        assert self.model is not None
+        assert scores.router_load is not None
+        assert scores.router_probability is not None
+        assert self.model.routing is not None
+        if "positions" not in batch.window:
+            raise ValueError("data: batches do not count positions, over which the load-balancing loss is a mean")
+        coefficient, top_k = self.model.routing
+        load, first = self.sum_over_ranks(scores.router_load), batch.micro_step == 0
+        term = self._balance.term(load, scores.router_probability, top_k, coefficient, first=first)
+        if coefficient:
+            output.terms["router_aux_loss"] = term
+        else:
+            output.metrics["router_aux_loss"] = (term.sum.detach(), term.count)
+        if batch.micro_step == self.trainer.accumulate_grad_batches - 1:
+            self.log("train/expert_load", self._balance.busiest(), on_step=True, on_epoch=False)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of ``batch["prompts"]``, as rows of the predictions file."""

@@ -65,7 +65,15 @@ class Collator:
         positions = torch.arange(2)[None]
         offsets = torch.tensor([0, 2], dtype=torch.int32) if self.flat else None
         labels = torch.full_like(ids, IGNORE_INDEX)
-        return TokenBatch(ids, labels, positions, offsets, self.max_document if self.flat else 0, padding=2)
+        return TokenBatch(
+            ids,
+            labels,
+            positions,
+            offsets,
+            self.max_document if self.flat else 0,
+            padding=2,
+            lengths=torch.zeros(1, dtype=torch.long),
+        )
 
     def _flat(self, batch: Sequence[Indices]) -> TokenBatch:
         segments = np.concatenate(batch)
@@ -88,7 +96,7 @@ class Collator:
         width = max(int((row[:, 2] - row[:, 1]).sum()) for row in batch)
         ids = torch.full((len(batch), width), self.pad)
         labels = torch.full((len(batch), width), IGNORE_INDEX)
-        used = 0
+        lengths = torch.zeros(len(batch), dtype=torch.long)
         for i, row in enumerate(batch):
             place = 0
             for _, start, stop in row.tolist():
@@ -97,11 +105,12 @@ class Collator:
                 ids[i, part] = tokens
                 labels[i, part] = tokens.masked_fill(~trained, IGNORE_INDEX)
                 place += len(tokens)
-            used += place
+            lengths[i] = place
         return TokenBatch(
             input_ids=ids,
             labels=labels,
             position_ids=torch.arange(width).expand(len(batch), -1).contiguous(),
             rows=np.concatenate(batch)[:, 0].tolist(),
-            padding=ids.numel() - used,
+            padding=ids.numel() - int(lengths.sum()),
+            lengths=lengths,
         )

@@ -74,6 +74,11 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
         from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+        if any(type(module).__name__ == "ParamWrapper" for module in model.modules()):
+            raise ValueError(
+                "strategy: FSDP1 cannot train LoRA on stacked experts (peft replaces a weight, here a view of a flat one); "
+                "use strategies/fsdp2, or target_modules without the experts"
+            )
         blocks: Any = model.model.blocks()  # type: ignore[operator, union-attr]
         ignored: list[nn.Parameter] = []
         if self.world_size == 1:

@@ -75,7 +75,8 @@ def prefetch(blocks: Sequence[Any], count: int) -> None:
 def parallelize(hf: Any, mesh: DeviceMesh) -> None:
     """Tensor parallelism (Megatron-LM, arXiv 1909.08053) by the family's own plan, LoRA's A and B included.
 
-    Embeddings and the head stay whole on every rank.
+    Embeddings, the head, and routers with their experts stay whole on every rank: each rank computes all experts on the
+    same hidden states, so that their gradients are equal without communication. (FSDP2 spreads them.)
 
     Args:
         hf: transformers' ``...ForCausalLM``.
@@ -89,7 +90,7 @@ def parallelize(hf: Any, mesh: DeviceMesh) -> None:
     head = hf.get_output_embeddings()
     for name, module in hf.named_modules():
         style = plan.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name))
-        if style is None or style in _UNTOUCHED or module is head:
+        if style is None or style in _UNTOUCHED or module is head or _of_experts(name):
             continue
         for part, how in _parts(name, module, style).items():
             parallelize_module(hf.get_submodule(part), mesh, how)
@@ -109,7 +110,8 @@ def check_tensor_parallel(config: Any, plan: dict[str, str] | None, size: int) -
         raise ValueError(
             f"strategy: {kind!r} has no tensor-parallel plan in transformers; use strategies/fsdp2 (tensor_parallel: 1)"
         )
-    unknown = sorted({style for style in inside.values() if style not in _STYLES and style not in _UNTOUCHED})
+    split = [style for name, style in inside.items() if style not in _UNTOUCHED and not _of_experts(name)]
+    unknown = sorted({style for style in split if style not in _STYLES})
     if unknown:
         raise ValueError(
             f"strategy: the tensor-parallel plan of {kind!r} has {', '.join(unknown)}, which is not supported; use "
@@ -132,6 +134,11 @@ _STYLES: dict[str, Any] = {
     # A norm over each head's dimension: its input is split by heads, its weight is whole, its gradient to be summed.
     "replicated_with_grad_allreduce": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
 }
+
+
+def _of_experts(name: str) -> bool:
+    """Whether a plan's entry is about the stacked experts: parameters of three dimensions, left whole."""
+    return "experts" in name.split(".")
 
 
 def _parts(name: str, module: nn.Module, style: str) -> dict[str, ParallelStyle]:

@@ -232,6 +232,14 @@ def name_targets(config: Any, hf: PreTrainedModel) -> None:
         elif not isinstance(wanted, str):
             for name in wanted or ():
                 _check_name(key, str(name), hf)
+    stacked = [name for name, p in hf.named_parameters() if p.ndim == 3]
+    for name in getattr(config, "target_parameters", None) or ():  # peft would only warn
+        if not any(own == name or own.endswith(f".{name}") for own, _ in hf.named_parameters()):
+            there = sorted({".".join(own.split(".")[-3:]) for own in stacked}) or "no stacked ones in this model"
+            raise ValueError(
+                f"backbone.adapter.target_parameters: {name!r} matches no parameter; there are "
+                f"{there if isinstance(there, str) else ', '.join(there)}"
+            )
 
 
 def _check_name(key: str, wanted: str, hf: nn.Module) -> None:

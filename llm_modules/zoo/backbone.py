@@ -25,6 +25,7 @@ from llm_modules.zoo.configuration import (
 from llm_modules.zoo.float8 import Float8, check_float8, use_float8
 from llm_modules.zoo.head import HeadKind, check_head_kind
 from llm_modules.zoo.quantization import Quantization, check_quantization
+from llm_modules.zoo.routing import check_routing
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -126,6 +127,7 @@ class Backbone:
             sequence_length=sequence_length,
             resizable=self.source is not None,
         )
+        problems += check_routing(config)
         dropout = attention_dropout(config)
         if self.attention == NAME and dropout:
             problems.append(

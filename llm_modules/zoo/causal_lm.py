@@ -23,6 +23,7 @@ from llm_modules.zoo.context_parallel import ContextParallel, Slice, check_conte
 from llm_modules.zoo.description import describe
 from llm_modules.zoo.estimate import token_flops
 from llm_modules.zoo.head import HeadKind, ScoringHead, head_transform
+from llm_modules.zoo.routing import router_statistics, routing_of
 from llm_modules.zoo.trained_state import keep_trained_only
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class CausalLM(nn.Module):
         virtual: virtual tokens before each document; None for most adapters.
         base: what the weights under an adapter are (see ``weights.base_description``).
         context: the ranks that each compute some positions of the same rows; None: this one computes all.
+        routing: of a mixture of experts whose routers are trained; None for others.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class CausalLM(nn.Module):
         # Now: a sharded model no longer knows its own size.
         self._description = describe(hf)
         self.flops = token_flops(hf)
+        self.routing = routing_of(hf)
 
     def forward(
         self,
@@ -83,6 +86,7 @@ class CausalLM(nn.Module):
         document_offsets: Tensor | None = None,
         max_document: int = 0,
         *,
+        lengths: Tensor | None = None,
         statistics: bool = False,
         uniform: bool = False,
     ) -> TokenScores:
@@ -94,6 +98,7 @@ class CausalLM(nn.Module):
             targets: (B, T) int64, what each position is to predict (already shifted).
             document_offsets: (documents + 1,) int32 cumulative lengths of a packed row; None for padded rows.
             max_document: upper bound of a document's length in tokens (packed rows).
+            lengths: (B,) int64 positions of each row before its padding; None: there is none.
             statistics: also return the log-normalizer and the mean log-probability.
             uniform: the caller will give every log-probability the same gradient (see ``linear_logprobs``).
 
@@ -102,21 +107,26 @@ class CausalLM(nn.Module):
         """
         if self.context is None:
             part = Slice(input_ids, position_ids, targets, document_offsets)
-            return self._scores(part, max_document, statistics, uniform)
+            return self._scores(part, max_document, statistics, uniform, lengths)
         part = self.context.slice(input_ids, position_ids, targets, document_offsets)
         with self.context.own_random_numbers(input_ids.device) if self.training else nullcontext():
-            scores = self._scores(part, max_document or input_ids.shape[1], statistics, uniform)
+            scores = self._scores(part, max_document or input_ids.shape[1], statistics, uniform, None)
         return self.context.share(scores, targets)
 
-    def _scores(self, part: Slice, max_document: int, statistics: bool, uniform: bool) -> TokenScores:
-        hidden_BTH = self.hidden_states(part.input_ids, part.position_ids, part.document_offsets, max_document)
-        targets = part.targets
+    def _scores(
+        self, part: Slice, max_document: int, statistics: bool, uniform: bool, lengths: Tensor | None
+    ) -> TokenScores:
+        outputs = self._decode(part.input_ids, part.position_ids, part.document_offsets, max_document)
+        hidden_BTH, targets = outputs.last_hidden_state, part.targets
+        router = (None, None)
+        if logits := getattr(outputs, "router_logits", None) if self._watches_router else None:
+            router = router_statistics(logits, self.routing.top_k, lengths, part.input_ids.shape[1])
         index = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
         hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, index)
         output, targets_M = self.hf.get_output_embeddings(), targets.flatten().index_select(0, index)
         if self._head_is_adapted:
             logprobs, log_normalizer, mean_logprob = self.head.through(output, hidden_MH, targets_M, statistics)
-            return TokenScores(logprobs, index, log_normalizer, mean_logprob)
+            return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router)
         logprobs, log_normalizer, mean_logprob = self.head(
             hidden_MH,
             output.weight,
@@ -125,12 +135,23 @@ class CausalLM(nn.Module):
             statistics=statistics,
             uniform=uniform,
         )
-        return TokenScores(logprobs, index, log_normalizer, mean_logprob)
+        return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router)
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, document_offsets: Tensor | None = None, max_document: int = 0
     ) -> Tensor:
         """(B, T, H) final hidden states, after the last norm."""
+        return self._decode(input_ids, position_ids, document_offsets, max_document).last_hidden_state
+
+    @property
+    def _watches_router(self) -> bool:
+        watched = self.routing is not None and self.context is None
+        return watched and self.training and torch.is_grad_enabled()
+
+    def _decode(
+        self, input_ids: Tensor, position_ids: Tensor, document_offsets: Tensor | None, max_document: int
+    ) -> Any:
+        """The base model's output: ``last_hidden_state``; ``router_logits`` in training of a mixture of experts."""
         layout: dict[str, Any] = {}
         if document_offsets is not None:
             if self.packing_problem:
@@ -147,17 +168,17 @@ class CausalLM(nn.Module):
             }
         if self.context is not None:
             layout["context_parallel"] = self.context
+        if self._watches_router:
+            layout["output_router_logits"] = True
         if self.virtual is not None:
             return self._with_virtual_tokens(self.virtual, input_ids, position_ids, document_offsets, layout)
         with training_layout(), self._offload or nullcontext():
-            return self.hf.base_model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout
-            ).last_hidden_state
+            return self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout)
 
     def _with_virtual_tokens(
         self, virtual: VirtualTokens, input_ids: Tensor, position_ids: Tensor, offsets: Tensor | None, layout: Any
-    ) -> Tensor:
-        """(B, T, H) final hidden states of the real tokens."""
+    ) -> Any:
+        """The base model's output, with the hidden states of the real tokens."""
         laid = virtual.layout(self.hf.get_input_embeddings(), input_ids, position_ids, offsets)
         if laid.offsets is not None:
             longest = layout["max_length_q"] + virtual.count
@@ -166,10 +187,11 @@ class CausalLM(nn.Module):
         if laid.prefix is not None:
             layout = {**layout, "key_value_prefix": laid.prefix}
         with training_layout(), self._offload or nullcontext():
-            states = self.hf.base_model(
+            outputs = self.hf.base_model(
                 inputs_embeds=laid.embeddings, position_ids=laid.positions, use_cache=False, **layout
-            ).last_hidden_state
-        return states.index_select(1, laid.real)
+            )
+        outputs.last_hidden_state = outputs.last_hidden_state.index_select(1, laid.real)
+        return outputs
 
     def adapt(self, adapter: Adapter, base: dict[str, Any]) -> None:
         """Take an adapter that was put into ``hf``: from now on it alone is trained, saved and loaded.
@@ -188,6 +210,7 @@ class CausalLM(nn.Module):
         self._description |= {"adapter": adapter.description, "base": base}
         trained = sum(p.numel() for p in adapter.parameters())
         self.flops = replace(self.flops, trained=min(1.0, trained / self._description["parameters"]))
+        self.routing = routing_of(self.hf)
         keep_trained_only(self)
 
     def split_positions(self, group: Any, tensor: int = 1) -> None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 _OLDER_KEYS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "sliding_window_pattern"}
 """Keys that are no fields of a config class (any more) and that transformers still reads."""
 
+_UNDECLARED_KEYS = {"qwen3_moe": {"head_dim"}}
+"""Keys that are no fields of a family's config class and that its layers read (published configs have them)."""
+
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 VOCABULARY_MULTIPLE = 64
@@ -158,7 +161,8 @@ def _made(kind: type, values: dict[str, Any], given: dict[str, Any]) -> Pretrain
     except Exception as error:  # huggingface_hub's validation errors are plain Exceptions
         raise ValueError(f"backbone.config: {_one_line(error)}") from error
     known = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-    known = sorted({*known, *kind.attribute_map, *_OLDER_KEYS, "model_type"})  # type: ignore[attr-defined]
+    undeclared = _UNDECLARED_KEYS.get(kind.model_type, ())  # type: ignore[attr-defined]
+    known = sorted({*known, *undeclared, *kind.attribute_map, *_OLDER_KEYS, "model_type"})  # type: ignore[attr-defined]
     for key in given if len(known) > len(_OLDER_KEYS) + 1 else ():
         # A key that nobody reads becomes a plain attribute; an older name that is still read does not.
         if key not in known and key in vars(config):

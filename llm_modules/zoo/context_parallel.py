@@ -170,6 +170,11 @@ def check_context_parallel(model: Any, size: int, tensor: int = 1) -> None:
             f"strategy.context_parallel: {size}, but the adapter puts virtual tokens before each document; use another "
             "adapter (LoRA, ...), or context_parallel: 1"
         )
+    if model.routing is not None and model.routing.coefficient:
+        raise ValueError(
+            f"strategy.context_parallel: {size}, but the load-balancing loss of {kind!r} is not taken over slices of rows; "
+            "set its coefficient to 0 (backbone.config.router_aux_loss_coef), or context_parallel to 1"
+        )
     heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int) and heads % (size * tensor):
         raise ValueError(_heads(size, heads, tensor))

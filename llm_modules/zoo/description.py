@@ -27,6 +27,9 @@ _NOT_THE_MODEL = {
     "return_dict",
     "chunk_size_feed_forward",
     "is_encoder_decoder",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "aux_loss_coef",
 }
 """Keys of a config that may differ between two configs of one model."""
 

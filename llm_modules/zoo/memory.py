@@ -9,8 +9,8 @@ Shape legend: B rows, T positions, N = B * T positions, M trained positions, H h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -223,9 +223,30 @@ def _kept(
 
         ids = torch.zeros(1, tokens, dtype=torch.long)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with OutputsKept() as outputs, hooks, torch.autocast("cpu", low) if low else nullcontext():
+        autocast = torch.autocast("cpu", low) if low else nullcontext()
+        with OutputsKept() as outputs, hooks, autocast, _fake_grouped_products():
             model.hidden_states(ids, torch.arange(tokens)[None])
     return sum(sizes.values()), sum(parameter.numel() for parameter in hf.parameters()), outputs.bytes
+
+
+@contextmanager
+def _fake_grouped_products() -> Iterator[None]:
+    """Inside, the experts' grouped products run on fake tensors: torch's knows fake ones in bf16 only."""
+    original = nn.functional.grouped_mm
+    nn.functional.grouped_mm = lambda rows, weights, *, offs: _GroupedProduct.apply(rows, weights, offs)
+    try:
+        yield
+    finally:
+        nn.functional.grouped_mm = original
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """The shapes of ``torch.nn.functional.grouped_mm``, and what it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, offs)
+        return rows.new_empty(rows.shape[0], weights.shape[-1])
 
 
 def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:

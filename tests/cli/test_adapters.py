@@ -139,6 +139,8 @@ def test_every_overlay_trains_and_leaves(name: str, capsys: pytest.CaptureFixtur
     header = (SHIPPED / "adapters" / f"{name}.yaml").read_text().splitlines()
     assert f"-c adapters/{name}" in header[1]
     small = {"vera": ["--model.backbone.adapter.r", "16"], "fourierft": ["--model.backbone.adapter.n_frequency", "40"]}
+    mixture = "--model.backbone.config.model_type mixtral --model.backbone.config.num_local_experts 4"
+    small["lora-experts"] = mixture.split()
     words = ["-c", f"adapters/{name}", "--trainer.max_steps", "2", *small.get(name, [])]
     run = fit(*words)
     assert all(float(row["train/loss"]) > 0 for row in rows_of(run) if row.get("train/loss"))

@@ -35,6 +35,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
     },
+    "mixtral": {
+        "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "num_local_experts": 4,
+    },
+    "olmoe": {
+        "model_type": "olmoe", "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1],
+    },
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
              "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }  # fmt: skip
@@ -75,6 +89,7 @@ class Record(Callback):
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.tokens: list[float] = []
+        self.balance: list[float] = []  # of mixtures of experts
         self.step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -87,6 +102,8 @@ class Record(Callback):
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
             if (steps := trainer.callback_metrics.get("throughput/steps_per_second")) is not None:
                 self.tokens.append(float(trainer.callback_metrics["throughput/tokens_per_second"] / steps))
+            if "train/router_aux_loss" in trainer.callback_metrics:
+                self.balance.append(float(trainer.callback_metrics["train/router_aux_loss"]))
 
 
 def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
@@ -94,7 +111,8 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     # Ranks that share the same rows.
     sharing = strategy.tensor_parallel * strategy.context_parallel if isinstance(strategy, ShardedStrategy) else 1
     accumulate = 2
-    backbone = Backbone(config=MODELS[cell.get("model", "llama")], **cell.get("backbone", {}))
+    config = MODELS[cell.get("model", "llama")] | cell.get("config", {})
+    backbone = Backbone(config=config, **cell.get("backbone", {}))
     module = LanguageModelModule(
         backbone,
         optimizer=OPTIMIZERS[cell.get("optimizer", "adamw")],
@@ -138,7 +156,8 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         writer.begin(trainer, cell["save"])
     weights = trainer.strategy.lightning_module_state_dict()
     whole = {name: value.clone() for name, value in weights.items()}
-    return {"losses": record.losses, "norms": record.norms, "tokens": record.tokens, "weights": whole}
+    kept = {"losses": record.losses, "norms": record.norms, "tokens": record.tokens, "balance": record.balance}
+    return kept | {"weights": whole}
 
 
 def main(cells: list[dict[str, Any]], out: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,12 @@ def write_rows(folder: Path, stage: str, count: int = 8) -> Path:
     return path
 
 
-def run(settings: dict[str, Any]) -> tuple[KeepGradients, Trainer]:
+def run(settings: dict[str, Any], callbacks: Sequence[Callback] = ()) -> tuple[KeepGradients, Trainer]:
     """Trains ``settings["steps"]`` optimizer steps on the rows at ``settings["path"]``."""
     module = LanguageModelModule(
         Backbone(
-            config=LLAMA,
+            config=settings.get("model", LLAMA),
+            adapter=settings.get("adapter"),
             activation_checkpointing=settings.get("activation_checkpointing", False),
             head=settings.get("head", "chunked"),
             head_chunk=7,
@@ -93,7 +95,7 @@ def run(settings: dict[str, Any]) -> tuple[KeepGradients, Trainer]:
         logger=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        callbacks=[gradients],
+        callbacks=[gradients, *callbacks],
     )
     trainer.fit(module, datamodule=data)
     return gradients, trainer
