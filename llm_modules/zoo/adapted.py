@@ -48,6 +48,8 @@ def check_adapted(
     """What is wrong with adapter and quantization, before weights load; one line each."""
     try:
         adapted_sizes(backbone, with_room(config, vocabulary))
+        if isinstance(backbone.adapter, str):
+            saved_base(Path(backbone.adapter).expanduser())
     except ValueError as error:
         return [str(error)]
     if backbone.adapter is None:

@@ -40,13 +40,13 @@ Cell = dict[str, Any]
 class Launches:
     """Runs cells, all of a world size in one launch, and keeps their results."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, jobs: dict[str, dict[str, Any]] = JOBS) -> None:
+        self.folder, self.jobs = folder, jobs
         self.rows = {stage: str(write_rows(folder, stage, 40)) for stage in ("pretrain", "sft")}
 
     def cell(self, strategy: str, job: str, world: int, **more: Any) -> Cell:
         name = f"{strategy}-{world}-{job}" + "".join(f"-{Path(str(value)).stem}" for value in more.values())
-        settings = JOBS[job]
+        settings = self.jobs[job]
         rows, cache = self.rows[settings["stage"]], str(self.folder / "cache")
         return {"name": name, "job": job, "strategy": strategy, "rows": rows, "cache": cache, "world": world} | (
             settings | more
