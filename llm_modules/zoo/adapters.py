@@ -192,7 +192,13 @@ class Adapter:
             change = change * layer.scaling[_NAME]
             weight = layer.get_base_layer().weight
             change = change.T if layer.fan_in_fan_out else change
-            weight.data = (weight.data.double() + change.to(weight.device)).to(weight.dtype)
+            if weight.shape != change.shape:
+                raise ValueError(
+                    "ckpt_path: the base was decomposed otherwise where the checkpoint was made, and this strategy "
+                    "hands out flat pieces of it; resume with strategies/fsdp2 or ddp"
+                )
+            change = adalora.part_of(change.to(weight.device), weight)
+            weight.data.copy_((weight.data.double() + change).to(weight.dtype))
         self._first = {name: value.clone() for name, value in first.items()}
 
     # --- folders
