@@ -123,7 +123,7 @@ class LLMModule(LightningModule):
         if not groups:
             raise ValueError("model: no parameter is trainable; a quantized one needs backbone.adapter, to be trained")
         if self.model is not None and self.model.adapter is not None and self.model.adapter.prunes:
-            self.model.adapter.begin(self.run_steps())
+            self.model.adapter.begin(self.run_steps(), flat=getattr(self.trainer.strategy, "flattens", False))
         optimizer = self.optimizer_factory(groups)
         if isinstance(optimizer, optimizers.MuonAdamW) and getattr(self.trainer.strategy, "flattens", False):
             raise ValueError(optimizers.FLAT)
@@ -191,10 +191,7 @@ class LLMModule(LightningModule):
         self._add_sums(output, batch)
         if batch.micro_step == self.trainer.accumulate_grad_batches - 1:
             self._log_window()
-        total = total * self.cancel_averaging()
-        penalty = None if self.model is None or self.model.adapter is None else self.model.adapter.penalty()
-        # In each micro-batch and on each rank, of which what follows takes the mean: once a step.
-        return total if penalty is None else total + penalty
+        return total * self.cancel_averaging()
 
     def cancel_averaging(self) -> float:
         """The factor that undoes what Lightning and the strategy do to a loss that is already normalized.
@@ -263,10 +260,12 @@ class LLMModule(LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Steps, and frees the gradients at once: Lightning would keep them until the next backward pass, beside all
         the activations of the next forward pass."""
-        step = self.global_step
+        step, adapter = self.global_step, None if self.model is None else self.model.adapter
+        if adapter is not None:
+            optimizer_closure = adapter.with_penalty(optimizer_closure, self.trainer.precision_plugin)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.model is not None and self.model.adapter is not None:
-            self.model.adapter.after_step(step)
+        if adapter is not None:
+            adapter.after_step(step)
         if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed comes here once a micro-batch
             optimizer.zero_grad()
         elif (norm := getattr(self.trainer.strategy, "gradient_norm", None)) is not None:

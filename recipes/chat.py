@@ -16,6 +16,7 @@ COMMANDS = {
     "/reset": "forget the conversation (not the system message)",
     "/system TEXT": "set the system message and forget the conversation; without TEXT: show it",
     "/history": "show the conversation",
+    "/adapter NAME": "let another adapter answer from here on; without NAME: show them",
     "/quit": "end (also Ctrl-D)",
 }
 
@@ -26,9 +27,19 @@ class Chat:
     Args:
         chat: whether there is a chat template to use.
         system: the system message.
+        adapters: names of those in the model that may take turns, the one that answers first.
     """
 
-    def __init__(self, generator: Generator, model: Any, tokenizer: Any, chat: bool, system: str | None) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        model: Any,
+        tokenizer: Any,
+        chat: bool,
+        system: str | None,
+        adapters: list[str] | None = None,
+    ) -> None:
+        self.adapters = adapters or []
         self.generator = generator
         self.model = model
         self.tokenizer = tokenizer
@@ -64,7 +75,7 @@ class Chat:
     def _command(self, line: str) -> None:
         word, _, text = line.partition(" ")
         if word == "/help":
-            print("\n".join(f"  {name:<14}{what}" for name, what in COMMANDS.items()))
+            print("\n".join(f"  {name:<16}{what}" for name, what in COMMANDS.items()))
         elif word == "/reset":
             self.messages = []
             print("(forgotten)")
@@ -74,6 +85,11 @@ class Chat:
             if text:
                 self.system, self.messages = text.strip(), []
             print(f"(system: {self.system or 'none'})")
+        elif word == "/adapter" and text.strip() in self.adapters:
+            self.model.set_adapter(text.strip())
+            print(f"(adapter: {text.strip()})")
+        elif word == "/adapter":
+            print(f"(there are: {', '.join(self.adapters) or 'none; --adapter NAME=FOLDER gives them'})")
         elif word == "/history":
             for message in [*system_message(self.system), *self.messages]:
                 print(f"  {message['role']}: {message['content']}")

@@ -18,7 +18,8 @@ EPILOG = """examples:
   recipes generate -m runs/sft/quickstart/0                      talk (Ctrl-C stops an answer, /help lists commands)
   recipes generate -m FOLDER --prompt "What is a list?"          one answer on standard output
   recipes generate -m FOLDER --file in.jsonl --out out.jsonl     all rows; the same command goes on where it stopped
-  recipes generate -m FOLDER -c generate/sample --temperature 0.5"""
+  recipes generate -m FOLDER -c generate/sample --temperature 0.5
+  recipes generate -m BASE --adapter terse=runs/a --adapter kind=runs/b --use kind      two adapters in one base"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--overwrite", action="store_true", help="begin --out anew")
     what.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     what.add_argument("--system", metavar="TEXT", help="system message that stands before each conversation")
+    several = parser.add_argument_group(
+        "several adapters in one base (-m: the base, or the adapter `default` with its base)"
+    )
+    several.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=FOLDER", help="an adapter's folder or run, and its name"
+    )
+    several.add_argument("--use", metavar="NAME", help="the one that answers (default: the first; /adapter changes it)")
     where = parser.add_argument_group("how the model is loaded")
     where.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     where.add_argument(
@@ -84,19 +92,20 @@ def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
     generator = make_generator(args)
     _check(args)
-    from recipes.open_model import find_model, open_model
+    from recipes.open_model import find_adapters, find_model, open_model
 
     source = find_model(args.model)
+    adapters = find_adapters(source, args.adapter, args.use)
     if args.file:
         from recipes.generate_file import FileJob
 
         job = FileJob(Path(args.file), Path(args.out), args.column, args.overwrite)
         job.read_prompts()
-        job.check_rows(source, generator, vars(args))
+        job.check_rows([source, *adapters.values()][: 1 + bool(adapters)], generator, vars(args))
         if not job.missing:
             job.finish()
             return 0
-    model, tokenizer = open_model(source, args.dtype, args.device)
+    model, tokenizer = open_model(source, args.dtype, args.device, adapters)
     chat = bool(tokenizer.chat_template) and not args.raw
     if args.system and not chat:
         raise UserError("--system: needs a chat template, which this tokenizer has not (or --raw passes over)")
@@ -107,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         from recipes.chat import Chat
 
-        Chat(generator, model, tokenizer, chat, args.system).talk()
+        Chat(generator, model, tokenizer, chat, args.system, list(adapters)).talk()
     return 0
 
 

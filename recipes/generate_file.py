@@ -97,15 +97,18 @@ class FileJob:
             raise UserError(f"{place}: the conversation starts with the assistant; there is nothing to answer")
         return value[:-1], str(value[-1].get("content"))
 
-    def check_rows(self, model: Path | str, generator: Generator, args: dict[str, Any]) -> None:
+    def check_rows(self, models: list[Path | str], generator: Generator, args: dict[str, Any]) -> None:
         """Finds the rows that ``out`` already has; nothing is written yet.
+
+        Args:
+            models: folders of the model, and of the adapter in it that answers, if there are several.
 
         Raises:
             UserError: ``out`` holds something else than rows of this job.
         """
         settings = {k: v for k, v in vars(generator).items() if k not in NOT_THE_ANSWER}
         settings |= {name: args[name] for name in ("raw", "system", "dtype")}
-        self.settings = digest([settings, fingerprint(model)])
+        self.settings = digest([settings, *map(fingerprint, models)])
         if self.overwrite or not self.out.exists():
             return
         for number, line in enumerate(self._whole_lines(), 1):

@@ -50,13 +50,49 @@ def _complete(folder: Path) -> Path:
     return folder
 
 
-def open_model(source: Path | str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def find_adapters(source: Path | str, given: list[str], use: str | None) -> dict[str, Path]:
+    """The folders of ``--adapter NAME=FOLDER``, the one that answers first; ``default`` is what ``-m`` names, if one.
+
+    Raises:
+        UserError: no name, the same name twice, or no adapter's folder.
+    """
+    found: dict[str, Path] = {}
+    if given and _is_adapter(source):
+        found["default"] = Path(source)
+    for item in given:
+        name, equals, folder = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--adapter {item}: NAME=FOLDER is wanted; a name is of letters, digits and _")
+        if name in found:
+            raise UserError(f"--adapter {item}: there is an adapter {name} already")
+        try:
+            place = find_model(folder)
+        except UserError as error:
+            raise UserError(f"--adapter {name}={str(error).removeprefix('-m ')}") from error
+        if not _is_adapter(place):
+            raise UserError(f"--adapter {item}: a whole model, no adapter (no adapter_config.json)")
+        found[name] = Path(place)
+    if use is not None and use not in found:
+        names = ", ".join(found) or "none; give them with --adapter NAME=FOLDER"
+        raise UserError(f"--use {use}: no such adapter; there are: {names}")
+    first = use or next((name for name in found if name != "default"), None)
+    return {name: found[name] for name in sorted(found, key=lambda name: name != first)}
+
+
+def _is_adapter(source: Path | str) -> bool:
+    return isinstance(source, Path) and (source / "adapter_config.json").is_file()
+
+
+def open_model(
+    source: Path | str, dtype: str, device: str, adapters: dict[str, Path] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model, in eval mode on its device, and tokenizer.
 
     Args:
         source: what ``find_model`` found.
         dtype: auto (as stored), float32, bfloat16 or float16.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+        adapters: what ``find_adapters`` found; the first one answers, with its tokenizer.
 
     Raises:
         UserError: it cannot be opened.
@@ -70,9 +106,16 @@ def open_model(source: Path | str, dtype: str, device: str) -> tuple[PreTrainedM
     place = _device(device)
     logging.disable_progress_bar()
     try:
-        tokenizer = load_tokenizer(str(source))
+        tokenizer = load_tokenizer(str(next(iter(adapters.values())) if adapters else source))
         kind = dtype if dtype == "auto" else getattr(torch, dtype)
-        if isinstance(source, Path) and (source / "adapter_config.json").is_file():
+        if adapters:
+            from llm_modules.zoo import open_adapters
+
+            for name, folder in adapters.items():
+                _same_tokenizer(name, load_tokenizer(str(folder)), tokenizer)
+            base = None if _is_adapter(source) else source
+            return open_adapters(adapters, dtype=kind, base=base).to(place).eval(), tokenizer
+        if _is_adapter(source):
             from llm_modules.zoo import open_adapter
 
             return open_adapter(source, dtype=kind).to(place).eval(), tokenizer
@@ -84,6 +127,14 @@ def open_model(source: Path | str, dtype: str, device: str) -> tuple[PreTrainedM
             raise
         raise UserError(f"-m {source}: cannot be opened: {one_line(error)[:300]}") from error
     return model.to(place).eval(), tokenizer
+
+
+def _same_tokenizer(name: str, own: Any, other: Any) -> None:
+    """Of adapters that take turns in one conversation."""
+    if own.get_vocab() != other.get_vocab() or own.chat_template != other.chat_template:
+        raise ValueError(
+            f"adapter {name} has another tokenizer or chat template than the one that answers; open it alone"
+        )
 
 
 def _device(name: str) -> Any:

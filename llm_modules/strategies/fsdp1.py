@@ -70,7 +70,17 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
         super().load_model_state_dict(checkpoint, strict)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        """Each decoder block a unit. (torch takes a CPU only if it is told the device itself, not its index.)"""
+        """Each decoder block a unit. (torch takes a CPU only if it is told the device itself, not its index.)
+
+        Raises:
+            ValueError: the weights are of several dtypes, as over a quantized base.
+        """
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"strategy: FSDP1 lays weights of one dtype end to end, and these are {', '.join(dtypes)}; use "
+                "strategies/fsdp2, which shards each by itself"
+            )
         from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 

@@ -31,8 +31,10 @@ def gradient_norm(optimizer: Optimizer, shard_group: Any = None) -> Tensor:
             them. Of a DTensor its own layout says it.
     """
     settle_gradients(optimizer)
-    parts: dict[Any, list[Tensor]] = {}
-    for parameter in _parameters(optimizer):
+    parameters = _parameters(optimizer)
+    # Where flat shards are small, a rank may hold none of what is trained; the others wait for its zero.
+    parts: dict[Any, list[Tensor]] = {} if shard_group is None else {None: []}
+    for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
             continue
@@ -43,7 +45,7 @@ def gradient_norm(optimizer: Optimizer, shard_group: Any = None) -> Tensor:
             parts.setdefault(None, []).append(gradient)
     squares = []
     for layout, gradients in sorted(parts.items(), key=lambda item: str(item[0])):
-        square = torch.nn.utils.get_total_norm(gradients).square()
+        square = torch.nn.utils.get_total_norm(gradients).square().to(parameters[0].device)
         if layout is not None:
             mesh, spread = layout
             for dimension in spread:

@@ -34,6 +34,11 @@ def spread(model: Any, mesh: DeviceMesh, strategy: Any) -> None:
     if (context := getattr(strategy, "context_mesh", None)) is not None:
         model.split_positions(context.get_group(), tensor.size())
     if tensor.size() > 1:
+        if model.virtual is not None and model.virtual.is_prefix:
+            raise ValueError(
+                "strategy: prefix tuning makes keys and values of all heads, which tensor parallelism splits; use "
+                "adapters/prompt, or strategies/fsdp2"
+            )
         parallelize(model.hf, tensor)
     if data.size() > 1 or tensor.size() == 1:
         reshard, offload = getattr(strategy, "reshard_after_forward", True), getattr(strategy, "offload", False)
@@ -75,6 +80,7 @@ def prefetch(blocks: Sequence[Any], count: int) -> None:
 def parallelize(hf: Any, mesh: DeviceMesh) -> None:
     """Tensor parallelism (Megatron-LM, arXiv 1909.08053) by the family's own plan, LoRA's A and B included.
 
+    A bottleneck behind a projection is whole on every rank.
     Embeddings, the head, and routers with their experts stay whole on every rank: each rank computes all experts on the
     same hidden states, so that their gradients are equal without communication. (FSDP2 spreads them.)
 
@@ -86,6 +92,11 @@ def parallelize(hf: Any, mesh: DeviceMesh) -> None:
         ValueError: the family has no plan, one with styles that are not known here, or sizes that do not divide.
     """
     check_tensor_parallel(hf.config, hf.tp_plan, mesh.size())
+    if any(not parameter.is_floating_point() for parameter in hf.parameters()):
+        raise ValueError(
+            "strategy: a quantized base cannot be split by tensor parallelism, its packed weights have no columns; use "
+            "strategies/fsdp2, or leave backbone.quantization out"
+        )
     plan = hf.tp_plan
     head = hf.get_output_embeddings()
     for name, module in hf.named_modules():
@@ -145,6 +156,8 @@ def _parts(name: str, module: nn.Module, style: str) -> dict[str, ParallelStyle]
     """Which modules are split how: the planned one, or the parts of an adapter around it."""
     if not hasattr(module, "base_layer"):
         return {name: _STYLES[style]()}
+    if hasattr(module, "adapter_down") and style == "rowwise":
+        return {f"{name}.base_layer": _STYLES[style]()}  # a bottleneck acts on the whole output: whole on every rank
     kinds = {kind for kind in ("lora_A", "lora_B") if getattr(module, kind, None)}
     others = [
         part for part, child in module.named_children() if part not in _LORA and any(True for _ in child.parameters())
@@ -152,7 +165,7 @@ def _parts(name: str, module: nn.Module, style: str) -> dict[str, ParallelStyle]
     if kinds != {"lora_A", "lora_B"} or others or style not in ("colwise", "rowwise"):
         raise ValueError(
             f"strategy: adapter {type(module).__name__} with {', '.join(others) or style} on {name} cannot be split by "
-            "tensor parallelism; use LoRA, or strategies/fsdp2"
+            "tensor parallelism; use adapters/lora, rslora or pissa, or strategies/fsdp2"
         )
     parts = {f"{name}.base_layer": _STYLES[style]()}
     # A maps into few dimensions and B out of them: B is split like the columns of what it is added to, A like the rows.

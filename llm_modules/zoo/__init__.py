@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_modules.zoo.adapted import open_adapter, save_adapted
+    from llm_modules.zoo.adapted import save_adapted
     from llm_modules.zoo.backbone import Backbone
     from llm_modules.zoo.causal_lm import CausalLM
     from llm_modules.zoo.description import describe_difference
     from llm_modules.zoo.estimate import ModelSummary, TokenFlops
     from llm_modules.zoo.memory import PeakMemory
+    from llm_modules.zoo.opening import open_adapter, open_adapters
 
 _WHERE = {
     "Backbone": "backbone",
@@ -19,7 +20,8 @@ _WHERE = {
     "PeakMemory": "memory",
     "TokenFlops": "estimate",
     "describe_difference": "description",
-    "open_adapter": "adapted",
+    "open_adapter": "opening",
+    "open_adapters": "opening",
     "save_adapted": "adapted",
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "TokenFlops",
     "describe_difference",
     "open_adapter",
+    "open_adapters",
     "save_adapted",
 ]
 

@@ -11,13 +11,11 @@ import torch
 
 from llm_modules.zoo.adapter_config import (
     adapter_config,
-    config_of_folder,
     kind_of,
-    name_targets,
     one_line,
     virtual_tokens,
 )
-from llm_modules.zoo.adapters import Adapter, check_adapter, make_adapter
+from llm_modules.zoo.adapters import check_adapter, make_adapter
 from llm_modules.zoo.attention import NAME
 from llm_modules.zoo.causal_lm import BASE_FILE, BASE_FOLDER, CausalLM
 from llm_modules.zoo.configuration import local_folder, with_room
@@ -50,6 +48,8 @@ def check_adapted(
     """What is wrong with adapter and quantization, before weights load; one line each."""
     try:
         adapted_sizes(backbone, with_room(config, vocabulary))
+        if isinstance(backbone.adapter, str):
+            saved_base(Path(backbone.adapter).expanduser())
     except ValueError as error:
         return [str(error)]
     if backbone.adapter is None:
@@ -158,12 +158,27 @@ def _base(backbone: Backbone, model: CausalLM, *, seed: int) -> dict[str, Any]:
 
 def _check_base(given: dict[str, Any] | str, base: dict[str, Any]) -> None:
     """Refuse to go on with an adapter on another base than it was trained on, where its folder says which."""
-    file = Path(given).expanduser() / BASE_FILE if isinstance(given, str) else None
-    if file is None or not file.is_file():
+    folder = Path(given).expanduser() if isinstance(given, str) else None
+    if folder is None or not (saved := saved_base(folder)):
         return
-    saved = json.loads(file.read_text(encoding="utf-8"))
     if difference := describe_difference({"base": saved}, {"base": {**base, "quantization": saved["quantization"]}}):
         raise ValueError(f"backbone.adapter: {str(given)!r}: {difference}")
+
+
+def saved_base(folder: Path) -> dict[str, Any]:
+    """What an adapter's folder says of its base; empty where it does not (plain peft's).
+
+    Raises:
+        ValueError: the file is broken.
+    """
+    file = folder / BASE_FILE
+    if not file.is_file():
+        return {}
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return {key: saved[key] for key in ("source", "seed", "digest", "dtype", "as_it_is", "quantization")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"backbone.adapter: {BASE_FILE} in {str(folder)!r} is broken: {one_line(error)}") from error
 
 
 def _try(backbone: Backbone, model: CausalLM) -> None:
@@ -205,37 +220,3 @@ def save_adapted(
         bare = replace(backbone, adapter=None, quantization=None, compile=False, activation_checkpointing=False)
         base = bare.build(tokenizer=tokenizer, sequence_length=1, seed=seed, precision=precision)
         base.save_pretrained(Path(folder) / BASE_FOLDER)
-
-
-def open_adapter(folder: str | Path, dtype: Any = "auto") -> Any:
-    """The model of an adapter's folder, for generation: its base (quantized, if it was trained so) with the adapter.
-
-    Returns:
-        transformers' model; peft's around it where there are virtual tokens.
-
-    Raises:
-        ValueError: the base is not there, is another one, or the adapter does not fit it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    folder = Path(folder)
-    config = config_of_folder(folder)
-    saved = json.loads((folder / BASE_FILE).read_text(encoding="utf-8")) if (folder / BASE_FILE).is_file() else {}
-    inside = folder / BASE_FOLDER
-    source = str(inside) if inside.is_dir() else config.base_model_name_or_path
-    if source is None:
-        raise ValueError(f"{folder}: its adapter_config.json names no base (base_model_name_or_path)")
-    try:
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: its base {source!r} cannot be opened: {one_line(error)}") from error
-    name_targets(config, hf)
-    if saved.get("quantization"):
-        quantize(hf, saved["quantization"], hf.dtype)
-    if virtual_tokens(config):
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(hf, str(folder))
-    adapter = Adapter(hf, config, seed=0, dtype=hf.dtype if saved.get("quantization") is None else torch.float32)
-    adapter.load(folder)
-    return hf

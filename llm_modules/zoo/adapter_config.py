@@ -93,6 +93,13 @@ def config_of_folder(given: str | Path) -> PeftConfig | BottleneckConfig:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise ValueError(f"backbone.adapter: no {file} in {str(folder)!r}; it is no adapter in safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as weights:  # its header says how long the file must be
+            weights.keys()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"backbone.adapter: {WEIGHTS_FILE} in {str(folder)!r} is broken: {one_line(error)}") from error
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         assert isinstance(values, dict)

@@ -10,14 +10,14 @@ import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_modules.zoo import bottleneck
+from llm_modules.zoo import adalora, bottleneck
 from llm_modules.zoo.adapter_config import adapter_config, changes_base, kind_of, name_targets, one_line, virtual_tokens
 from llm_modules.zoo.weights import fixed_seed
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _NAME = "default"
 """peft's name of the adapter: it is written without a folder of its own."""
 
-_LIBRARY_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
+LIBRARY_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
 """What peft raises for a value that does not go with the model."""
 
 
@@ -111,21 +111,39 @@ class Adapter:
         """AdaLoRA's orthogonality term (arXiv 2303.10512, equation 4), once per optimizer step; None for others."""
         if self.kind != "ADALORA" or not self.config.orth_reg_weight:
             return None
-        norms = []
-        for name, p in self.hf.named_parameters():
-            if p.requires_grad and (".lora_A." in name or ".lora_B." in name):
-                gram = p @ p.T if ".lora_A." in name else p.T @ p
-                norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=p.device, dtype=p.dtype)))
-        return self.config.orth_reg_weight * torch.stack(norms).mean()
+        return self.config.orth_reg_weight * adalora.orthogonality(adalora.penalized(self.hf))
 
-    def begin(self, steps: int) -> None:
-        """Tell AdaLoRA the run's length in optimizer steps.
+    def with_penalty(self, closure: Callable[[], Any], precision: Any) -> Callable[[], Any]:
+        """The backward passes of an optimizer step, and after them the gradient of the penalty, once.
+
+        Args:
+            closure: the backward passes.
+            precision: the trainer's plugin: in 16-mixed the gradients are scaled.
+        """
+        if self.kind != "ADALORA" or not self.config.orth_reg_weight:
+            return closure
+
+        def both() -> Any:
+            result, scaler = closure(), getattr(precision, "scaler", None)
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            adalora.add_penalty(self.hf, scale * self.config.orth_reg_weight)
+            return result
+
+        return both
+
+    def begin(self, steps: int, *, flat: bool = False) -> None:
+        """Tell AdaLoRA the run's length in optimizer steps, and whether the strategy hands out flat pieces of weights.
 
         Raises:
-            ValueError: its phases do not fit in.
+            ValueError: its phases do not fit in, or it would see pieces of the gradients.
         """
         if self.kind != "ADALORA":
             return
+        if flat:
+            raise ValueError(
+                "backbone.adapter: AdaLoRA prunes by whole weights and gradients, and this strategy hands out flat "
+                "pieces of them; use strategies/fsdp2 or ddp, or adapters/lora"
+            )
         if self.config.tinit + self.config.tfinal >= steps:
             raise ValueError(
                 f"backbone.adapter: tinit {self.config.tinit} and tfinal {self.config.tfinal} leave none of the run's "
@@ -136,7 +154,7 @@ class Adapter:
     def after_step(self, step: int) -> None:
         """Let AdaLoRA prune, after the optimizer's step and before its gradients are freed. ``step`` counts from 0."""
         if self.kind == "ADALORA":
-            self.peft_model.base_model.update_and_allocate(step)
+            adalora.prune(self.peft_model, step)
 
     # --- checkpoints
 
@@ -174,7 +192,13 @@ class Adapter:
             change = change * layer.scaling[_NAME]
             weight = layer.get_base_layer().weight
             change = change.T if layer.fan_in_fan_out else change
-            weight.data = (weight.data.double() + change.to(weight.device)).to(weight.dtype)
+            if weight.shape != change.shape:
+                raise ValueError(
+                    "ckpt_path: the base was decomposed otherwise where the checkpoint was made, and this strategy "
+                    "hands out flat pieces of it; resume with strategies/fsdp2 or ddp"
+                )
+            change = adalora.part_of(change.to(weight.device), weight)
+            weight.data.copy_((weight.data.double() + change).to(weight.dtype))
         self._first = {name: value.clone() for name, value in first.items()}
 
     # --- folders
@@ -262,7 +286,7 @@ class Adapter:
                     set_peft_model_state_dict(self.peft_model, state, adapter_name=_NAME)
                     own = get_peft_model_state_dict(self.peft_model, adapter_name=_NAME, save_embedding_layers=False)
                 missing = sorted(own.keys() - state.keys())
-        except (*_LIBRARY_ERRORS, SafetensorError) as error:
+        except (*LIBRARY_ERRORS, SafetensorError) as error:
             raise ValueError(f"backbone.adapter: {str(folder)!r} does not fit this base: {one_line(error)}") from error
         if missing:
             raise ValueError(f"backbone.adapter: {str(folder)!r} is of another layout; it differs in {missing[0]}")
@@ -282,7 +306,7 @@ class Adapter:
             try:
                 with _quiet():
                     self.peft_model.merge_and_unload()
-            except _LIBRARY_ERRORS as error:
+            except LIBRARY_ERRORS as error:
                 reason = one_line(error)
         if reason is not None:
             raise ValueError(f"--merge: {type(self.config).__name__} cannot be merged: {reason}; export without it")
@@ -343,7 +367,7 @@ def _peft_model(hf: PreTrainedModel, config: Any) -> Any:
         parameter.requires_grad_(False)
     try:
         return get_peft_model(hf, config, adapter_name=_NAME)
-    except _LIBRARY_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         hint = ""
         if getattr(config, "target_parameters", None):
             hint = (

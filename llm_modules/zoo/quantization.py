@@ -99,14 +99,7 @@ def dequantized(module: Any) -> Tensor:
 
     if type(module.weight).__name__ == "Params4bit":
         return functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-    codes, scales = _int8_parts(module)
-    return codes.float() * (scales[:, None].float() / 127)
-
-
-def _int8_parts(module: Any) -> tuple[Tensor, Tensor]:
-    """Codes and row scales; bitsandbytes moves the latter at the first forward pass."""
-    scales = module.weight.SCB if getattr(module.weight, "SCB", None) is not None else module.state.SCB
-    return module.weight.data, scales
+    return module.weight.data.float() * (module.row_scales[:, None].float() / 127)
 
 
 def _quantized(linear: nn.Linear, kind: Quantization, compute_dtype: torch.dtype) -> nn.Module:
@@ -141,6 +134,8 @@ def _quantized(linear: nn.Linear, kind: Quantization, compute_dtype: torch.dtype
         made.support_avx512bf16_for_cpu = False
     made.compute_dtype = compute_dtype
     made.weight = made.weight.to("cpu")  # quantizes
+    if kind == "int8":  # where they stay when a strategy puts another parameter in the place of bitsandbytes' own
+        made.register_buffer("row_scales", made.weight.SCB, persistent=False)
     if has_bias:
         made.bias = nn.Parameter(linear.bias.data, requires_grad=False)
     return made.train(linear.training)
@@ -158,13 +153,14 @@ def _int8_class() -> type:
         """
 
         compute_dtype: torch.dtype
+        row_scales: Tensor
         weight: Any
 
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast(x.device.type, enabled=False):
                 hidden = x.to(self.compute_dtype)
                 bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-                self.state.CB, self.state.SCB = (part.to(x.device) for part in _int8_parts(self))
+                self.state.CB, self.state.SCB = self.weight.data, self.row_scales
                 if not x.is_cpu:
                     self.weight.CB = self.weight.SCB = None
                     return super().forward(hidden).to(x.dtype)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from llm_modules.logprobs import next_token_targets
+from llm_modules.strategies.parallel_plan import shard
 from llm_modules.tokenizer import byte_tokenizer
 from llm_modules.zoo import Backbone, CausalLM, describe_difference, open_adapter, save_adapted
 from llm_modules.zoo.adapters import Adapter
@@ -162,7 +165,15 @@ def test_state_holds_what_is_trained_and_nothing_else(adapter: Any) -> None:
         other.load_state_dict(state)
 
 
-def test_pissa_rests_on_the_base_that_it_was_begun_on() -> None:
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["plain", "fsdp2"])
+def test_pissa_rests_on_the_base_that_it_was_begun_on(spread: bool, mesh: Any) -> None:
     """On another machine the decomposition may come out otherwise; the trained model must not change."""
     adapter = lora(init_lora_weights="pissa")
     model = stir(build(adapter))
@@ -181,6 +192,8 @@ def test_pissa_rests_on_the_base_that_it_was_begun_on() -> None:
     assert other.adapter._first.keys() == model.adapter._first.keys()
     other.load_state_dict(weights)
     assert (logprobs(other) - logprobs(model)).abs().max() > 1e-4
+    if spread:
+        shard(other, other.blocks(), mesh)
     other.adapter.load_state(state)
     torch.testing.assert_close(logprobs(other), logprobs(model), rtol=1e-5, atol=1e-5)
 
