@@ -173,7 +173,7 @@ def start(folder: Path, *words: str, **variables: object) -> subprocess.Popen[st
     )
 
 
-def ended(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, list[str], str]:
+def ended(process: subprocess.Popen[str], seconds: float = 500) -> tuple[int, list[str], str]:
     try:
         _, err = process.communicate(timeout=seconds)
     finally:
@@ -249,7 +249,7 @@ def test_a_module_is_missing_on_one_node(folder: Path, missing: str) -> None:
     (folder / "more/only_on_one.py").write_text("")
     if missing == "the module":
         (nodes[1] / "my_objective.py").unlink()
-    words = ["--timeout", "60", "-c", "tiny", "--model.objective", "my_objective.Mine", "--runs_dir", str(folder)]
+    words = ["--timeout", "180", "-c", "tiny", "--model.objective", "my_objective.Mine", "--runs_dir", str(folder)]
     port = free_port()
     processes = []
     for rank, node in enumerate(nodes):

@@ -222,7 +222,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def understood(command: list[str]) -> argparse.Namespace:
-    assert command[:2] == ["-m", "torch.distributed.run"]
+    assert command[:2] == ["-m", "recipes.elastic"]  # which takes torchrun's arguments
     return get_args_parser().parse_args(command[2:])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 CABLE = "cable0"  # the interface, by the same name on both nodes
 _TRY = "litrecipes-try"
+_APT = ("apt-get", "-q", "-o", "DPkg::Lock::Timeout=120")
 
 
 class TwoNodes:
@@ -69,7 +70,12 @@ def install() -> str:
             return "needs ip (iproute2)"
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         for words in (["update"], ["install", "-y", "--no-install-recommends", "iproute2"]):
-            done = subprocess.run(["apt-get", "-q", *words], env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                [*_APT, *words],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 return f"apt-get {words[0]}: {' '.join((done.stderr or done.stdout).split())[-300:]}"
     if shutil.which("unshare") is None:

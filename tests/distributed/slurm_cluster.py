@@ -12,14 +12,16 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 _NAMES = "127.0.0.1 litn1 litn2  # for the tests with Slurm\n"
 _HOSTS = Path("/etc/hosts")
-# A requeued job waits as long as a credential lives, two minutes if it is not said (cred_expire).
+_APT = ("apt-get", "-q", "-o", "DPkg::Lock::Timeout=120")
+# A requeued job waits as long as a credential lives, two minutes if it is not said (cred_expire); on a busy machine a
+# step may take some seconds from its credential to its start. Other waits are long for the same reason.
 _CONFIG = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=8
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 SlurmUser=root
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -38,9 +40,10 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 MpiDefault=none
-KillWait=20
+KillWait=60
+MessageTimeout=60
 NodeName=litn[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2 RealMemory=1000
-PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -94,7 +97,7 @@ class SlurmCluster:
         )
 
     def _wait_for_nodes(self) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while time.monotonic() < end:
             shown = self.run("sinfo", "--noheader", "-N", "-o", "%N %t", check=False).stdout.split()
             if shown.count("idle") == 4:  # two nodes in two partitions
@@ -105,7 +108,7 @@ class SlurmCluster:
 
     def run(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         environment = os.environ | self.environment
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=check, timeout=60)
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=check, timeout=180)
 
     def shown(self, job: str) -> dict[str, str]:
         """What scontrol says of a job."""
@@ -164,7 +167,7 @@ def install() -> str:
         return "needs Slurm (slurm-wlm, munge), and root on a Debian to install it"
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "POLICY_RC_D": "101"}
     for words in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]):
-        done = subprocess.run(["apt-get", "-q", *words], env=environment, capture_output=True, text=True)
+        done = subprocess.run([*_APT, *words], env=environment, capture_output=True, text=True)
         if done.returncode:
             return f"apt-get {words[0]}: {' '.join((done.stderr or done.stdout).split())[-300:]}"
     return ""

@@ -21,7 +21,7 @@ LAYOUT = LAYOUTS["packed, 2 workers, two ranks"]
 
 
 def launch(folder: Path, *words: str) -> subprocess.Popen[str]:
-    arguments = ["launch", "torchrun", "-c", "recipe.yaml", "--devices", "2", *words]
+    arguments = ["launch", "torchrun", "-c", "recipe.yaml", "--devices", "2", "--preflight", "180", *words]
     return subprocess.Popen(
         [sys.executable, "-m", "recipes", *arguments],
         cwd=folder,
@@ -37,7 +37,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]
     folder = tmp_path_factory.mktemp("undisturbed")
     write_recipe(folder, LAYOUT)
     process = launch(folder)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err[-3000:]
     assert "cluster: 2 processes" in err
     rows = metrics(folder)
@@ -52,14 +52,14 @@ def test_a_worker_is_killed(undisturbed: list[dict[str, str]], tmp_path: Path, r
     (tmp_path / "pause.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [pause]}}))
     process = launch(tmp_path, "-c", "pause.yaml")
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not list(tmp_path.glob("runs/recipe/0/checkpoints/step-*.ckpt")):
             assert process.poll() is None, process.communicate()[1][-3000:]
             assert time.monotonic() < end
             time.sleep(0.1)
         victim = int((tmp_path / f"rank{rank}.pid").read_text())
         os.kill(victim, signal.SIGKILL)
-        _, err = process.communicate(timeout=150)
+        _, err = process.communicate(timeout=400)
     finally:
         process.terminate()
     assert process.returncode == 0, err[-3000:]

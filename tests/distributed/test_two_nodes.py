@@ -38,7 +38,7 @@ def nodes() -> Iterator[TwoNodes]:
 def launch(nodes: TwoNodes, folder: Path, *words: str) -> list[subprocess.Popen[str]]:
     """The launcher's command on both nodes; one process on each."""
     common = ["launch", "torchrun", "-c", "recipe.yaml", "--nodes", "2", "--devices", "1", "--interface", CABLE]
-    common += ["--master", nodes.addresses[0], "--job", "test", *words]
+    common += ["--master", nodes.addresses[0], "--job", "test", "--preflight", "180", *words]
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return [
         nodes.run(
@@ -75,7 +75,7 @@ def test_a_worker_is_killed_on_one_node(nodes: TwoNodes, tmp_path: Path) -> None
     (folder / "pause.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [pause]}}))
     processes = launch(nodes, folder, "-c", "pause.yaml")
     try:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 400
         while not list(folder.glob("runs/recipe/0/checkpoints/step-*.ckpt")):
             gone = [process for process in processes if process.poll() is not None]
             assert not gone, gone[0].communicate()[1][-3000:]
@@ -87,7 +87,7 @@ def test_a_worker_is_killed_on_one_node(nodes: TwoNodes, tmp_path: Path) -> None
         for process in processes:
             process.terminate()
         raise
-    statuses, errors = ended(processes, 240)
+    statuses, errors = ended(processes, 500)
     assert statuses == [0, 0], [error[-3000:] for error in errors]
     assert "cluster: 2 processes" in errors[0]
     for name, address in zip(nodes.names, nodes.addresses, strict=True):
@@ -122,7 +122,7 @@ def test_the_check_of_the_cluster_names_the_rank_that_is_cut_off(nodes: TwoNodes
     command = [sys.executable, "-m", "recipes", "check", "cluster", "--timeout", "12", "--mebibytes", "1"]
     nodes.set_link(nodes.names[1], up=False)
     processes = [nodes.run(rank, command, tmp_path, told | {"RANK": str(rank)}) for rank in (0, 1)]
-    statuses, errors = ended(processes, 150)
+    statuses, errors = ended(processes, 300)
     assert statuses == [2, 2], errors
     lines = [[line for line in error.splitlines() if line.startswith("recipes: ")] for error in errors]
     assert lines[0] == ["recipes: rank 1 of 2 (node 1) did not come within 12 s; see the logs of their nodes"]
