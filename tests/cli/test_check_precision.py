@@ -140,7 +140,9 @@ def test_the_table(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
     for name in ("bf16-mixed", "nf4"):
         other, apart, percent = map(float, table[name][:3])
         assert apart == pytest.approx(other - loss, abs=2e-4)
-        assert 0 < abs(percent) < 2
+        assert percent == pytest.approx(100 * apart / loss, abs=0.01)
+    assert 0 < abs(float(table["bf16-mixed"][2])) < 1
+    assert abs(float(table["nf4"][2])) > abs(float(table["bf16-mixed"][2]))  # a base of 4 bits is another model
     assert all(float(row[-2].replace(",", "")) > 0 for name, row in table.items() if name != "16-true")
     assert all(0.1 < float(row[-1]) < 3 for name, row in table.items() if name != "16-true")
     said = [line for line in err.splitlines() if line.startswith("recipes: ")]
