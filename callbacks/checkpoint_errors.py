@@ -90,6 +90,6 @@ def siblings(path: Path) -> str:
     return ", ".join(sorted(file.name for file in path.parent.glob("[!.]*.ckpt") if file != path)) or "none"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first sentence of an error of torch, which may go on for a page."""
     return str(error).strip().split("\n")[0].split(". ")[0][:200]

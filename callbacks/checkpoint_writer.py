@@ -75,9 +75,9 @@ class CheckpointWriter:
 
     def abandon(self) -> None:
         """The run has failed: what is being written is still valid, and is waited for."""
-        work, self._work = self._work, None
+        work, path, self._work, self.path = self._work, self.path, None, None
         if work is not None and (error := work.exception()) is not None:
-            print(f"checkpoint: {self.path} was not written: {first_line(error)}", file=sys.stderr)
+            print(f"checkpoint: {path} was not written: {first_line(error)}", file=sys.stderr)
 
     def close(self) -> None:
         if self._threads is not None:

@@ -281,5 +281,6 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*in a single process.*")  # a checkpoint in shards, of one process
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a first try on a login node
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

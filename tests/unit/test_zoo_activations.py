@@ -124,3 +124,41 @@ def test_the_estimate_of_memory_knows_of_them() -> None:
     inputs = 512 * config.hidden_size * 4
     assert sizes[True] == pytest.approx(sizes[False] - 11 * (block - inputs))
     assert sizes[2] == pytest.approx(sizes[False] - 6 * (block - inputs))
+
+
+def test_the_estimate_of_selective_is_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own store of the outputs that are not computed again, block by block."""
+    stores: list[Any] = []
+    original = torch.utils.checkpoint.create_selective_checkpoint_contexts
+
+    def contexts(operators: Any) -> Any:
+        made = original(operators)
+        stores.append(made[0].storage)
+        return made
+
+    monkeypatch.setattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts", contexts)
+    model = build(Backbone(config=FOUR, activation_checkpointing="selective")).train()
+    ids = torch.arange(12)[None]
+    model.hidden_states(ids, ids)
+    kept = [entry for store in stores for calls in store.values() for entry in calls.values()]
+    leaves = [leaf.val for entry in kept for leaf in torch.utils._pytree.tree_leaves(entry) if hasattr(leaf, "val")]
+    measured = sum(value.nbytes for value in leaves if isinstance(value, torch.Tensor))
+    config = Backbone(config=FOUR).check(vocabulary=260, sequence_length=16)
+    selective, full = (activation_bytes(config, 12, activation_checkpointing=how) for how in ("selective", True))
+    assert selective - full == pytest.approx(3 / 4 * measured)
+
+
+@pytest.mark.gpu
+def test_offload_on_a_gpu_gives_the_same_gradients_in_less_memory() -> None:
+    big = {**FOUR, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    peaks, found = [], []
+    for offload in (False, True):
+        model = build(Backbone(config=big, activation_offload=offload)).train().cuda()
+        ids = torch.arange(16, device="cuda").repeat(64, 1)
+        torch.cuda.reset_peak_memory_stats()
+        model.hidden_states(ids, ids).square().mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        found.append([p.grad.cpu() for p in model.hf.base_model.parameters() if p.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert peaks[1] < peaks[0]
