@@ -85,7 +85,7 @@ def test_sizes_below_one_are_refused(name: str) -> None:
     ("devices", "sizes", "message"),
     [
         (3, {"context_parallel": 2}, r"^strategy.context_parallel: 2 does not divide the number of devices 3; set"),
-        (2, {"context_parallel": 2, "tensor_parallel": 2}, r"^strategy: tensor_parallel 2 x context_parallel 2 = 4 does"),
+        (2, {"context_parallel": 2, "tensor_parallel": 2}, r"^strategy: tensor_parallel 2 x context_parallel 2 = 4"),
     ],
 )
 def test_devices_that_do_not_divide_are_refused(devices: int, sizes: dict[str, int], message: str) -> None:
