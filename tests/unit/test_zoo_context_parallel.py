@@ -79,3 +79,17 @@ def test_a_mask_over_slices_is_refused() -> None:
 def test_sizes_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^strategy.{name}: 0 is not allowed; 1 or more$"):
         ShardedStrategy(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("devices", "sizes", "message"),
+    [
+        (3, {"context_parallel": 2}, r"^strategy.context_parallel: 2 does not divide the number of devices 3; set"),
+        (2, {"context_parallel": 2, "tensor_parallel": 2}, r"^strategy: tensor_parallel 2 x context_parallel 2 = 4"),
+    ],
+)
+def test_devices_that_do_not_divide_are_refused(devices: int, sizes: dict[str, int], message: str) -> None:
+    strategy = ShardedStrategy(**sizes)
+    strategy.parallel_devices = [torch.device("cpu")] * devices
+    with pytest.raises(ValueError, match=message):
+        strategy.setup_environment()
