@@ -97,13 +97,14 @@ class CausalLM(nn.Module):
             uniform: the caller will give every log-probability the same gradient (see ``linear_logprobs``).
 
         Raises:
-            ValueError: ``document_offsets`` for a model whose attention does not keep documents apart.
+            ValueError: ``document_offsets`` for a model whose attention does not keep documents apart; experts whose
+                routers were not seen.
         """
         outputs = self._decode(input_ids, position_ids, document_offsets, max_document)
         hidden_BTH = outputs.last_hidden_state
-        router = (None, None)
-        if logits := getattr(outputs, "router_logits", None) if self._watches_router else None:
-            router = router_statistics(logits, self.routing.top_k, lengths, input_ids.shape[1])
+        router: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.routing is not None and self._watches_router:
+            router = router_statistics(outputs.router_logits, self.routing.top_k, lengths, input_ids.shape[1])
         index = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
         hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, index)
         output, targets_M = self.hf.get_output_embeddings(), targets.flatten().index_select(0, index)
