@@ -87,7 +87,7 @@ def router_statistics(
     if not router_logits:
         raise ValueError(
             "backbone: transformers recorded no router of this mixture of experts, which would train without its "
-            "load-balancing loss; set backbone.config.router_aux_loss_coef: null"
+            "load-balancing loss; leave backbone.compile off"
         )
     count, device = router_logits[0].shape[0], router_logits[0].device
     if lengths is None:

@@ -190,9 +190,6 @@ def test_routers_that_are_not_seen_are_an_error() -> None:
     ids = torch.arange(4)[None]
     with pytest.raises(ValueError, match="recorded no router of this mixture of experts"):
         model(ids, ids, ids)
-    unwatched = Backbone(config=family("mixtral", router_aux_loss_coef=None))
-    model = unwatched.build(tokenizer=byte_tokenizer(), sequence_length=8, seed=0)
-    assert model(ids, ids, ids).router_load is None
 
 
 def test_a_negative_coefficient_is_refused() -> None:
