@@ -86,7 +86,7 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
 
         if any(type(module).__name__ == "ParamWrapper" for module in model.modules()):
             raise ValueError(
-                "strategy: FSDP1 cannot train LoRA on stacked experts (peft replaces a weight, here a view of a flat one); "
+                "strategy: FSDP1 cannot train LoRA on stacked experts, whose weights are parts of a flat one; "
                 "use strategies/fsdp2, or target_modules without the experts"
             )
         blocks: Any = model.model.blocks()  # type: ignore[operator, union-attr]

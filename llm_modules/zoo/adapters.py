@@ -372,7 +372,8 @@ def _peft_model(hf: PreTrainedModel, config: Any) -> Any:
         if getattr(config, "target_parameters", None):
             hint = (
                 f" ({', '.join(sorted(config.target_parameters))}: peft adapts stacked experts by plain LoRA only, "
-                "without dropout, DoRA, PiSSA or OLoRA; set these off, or target_modules: [q_proj, k_proj, v_proj, o_proj])"
+                "without dropout, DoRA, PiSSA, OLoRA; set these off, or target_modules: [q_proj, k_proj, v_proj, "
+                "o_proj])"
             )
         raise ValueError(f"backbone.adapter: {type(config).__name__}: {one_line(error)}{hint}") from error
 

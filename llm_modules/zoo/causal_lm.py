@@ -103,7 +103,8 @@ class CausalLM(nn.Module):
             uniform: the caller will give every log-probability the same gradient (see ``linear_logprobs``).
 
         Raises:
-            ValueError: ``document_offsets`` for a model whose attention does not keep documents apart.
+            ValueError: ``document_offsets`` for a model whose attention does not keep documents apart; experts whose
+                routers were not seen.
         """
         if self.context is None:
             part = Slice(input_ids, position_ids, targets, document_offsets)
@@ -118,9 +119,9 @@ class CausalLM(nn.Module):
     ) -> TokenScores:
         outputs = self._decode(part.input_ids, part.position_ids, part.document_offsets, max_document)
         hidden_BTH, targets = outputs.last_hidden_state, part.targets
-        router = (None, None)
-        if logits := getattr(outputs, "router_logits", None) if self._watches_router else None:
-            router = router_statistics(logits, self.routing.top_k, lengths, part.input_ids.shape[1])
+        router: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.routing is not None and self._watches_router:
+            router = router_statistics(outputs.router_logits, self.routing.top_k, lengths, part.input_ids.shape[1])
         index = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
         hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, index)
         output, targets_M = self.hf.get_output_embeddings(), targets.flatten().index_select(0, index)

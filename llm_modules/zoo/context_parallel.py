@@ -172,7 +172,7 @@ def check_context_parallel(model: Any, size: int, tensor: int = 1) -> None:
         )
     if model.routing is not None and model.routing.coefficient:
         raise ValueError(
-            f"strategy.context_parallel: {size}, but the load-balancing loss of {kind!r} is not taken over slices of rows; "
+            f"strategy.context_parallel: {size}, but the load-balancing loss of {kind!r} is not taken over slices; "
             "set its coefficient to 0 (backbone.config.router_aux_loss_coef), or context_parallel to 1"
         )
     heads = getattr(text, "num_attention_heads", None)

@@ -80,7 +80,15 @@ def router_statistics(
     Returns:
         (L, E) fp32 tokens that visit each expert, without a gradient; (E,) fp32 probabilities, summed over positions
         and layers.
+
+    Raises:
+        ValueError: no router was seen, so that the loss would silently be missing.
     """
+    if not router_logits:
+        raise ValueError(
+            "backbone: transformers recorded no router of this mixture of experts, which would train without its "
+            "load-balancing loss; leave backbone.compile off"
+        )
     count, device = router_logits[0].shape[0], router_logits[0].device
     if lengths is None:
         real_N = torch.ones(count, device=device)

@@ -181,6 +181,17 @@ def test_a_family_without_the_loss_in_transformers_is_told_of(monkeypatch: pytes
         assert routing_of(hf) is None
 
 
+def test_routers_that_are_not_seen_are_an_error() -> None:
+    from llm_modules.tokenizer import byte_tokenizer
+    from llm_modules.zoo import Backbone
+
+    model = Backbone(config=family("mixtral")).build(tokenizer=byte_tokenizer(), sequence_length=8, seed=0)
+    model.hf.base_model._output_capturing_hooks_installed = True  # they are not
+    ids = torch.arange(4)[None]
+    with pytest.raises(ValueError, match="recorded no router of this mixture of experts"):
+        model(ids, ids, ids)
+
+
 def test_a_negative_coefficient_is_refused() -> None:
     from llm_modules.zoo import Backbone
 
