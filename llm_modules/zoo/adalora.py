@@ -19,7 +19,7 @@ def whole(tensor: Tensor) -> Tensor:
     """What the ranks hold of a spread tensor together; another one as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # shards may be kept in host memory
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]  # may be in host memory
 
 
 def part_of(value: Tensor, layout: Tensor) -> Tensor:

@@ -368,13 +368,9 @@ def _peft_model(hf: PreTrainedModel, config: Any) -> Any:
     try:
         return get_peft_model(hf, config, adapter_name=_NAME)
     except LIBRARY_ERRORS as error:
-        hint = ""
-        if getattr(config, "target_parameters", None):
-            hint = (
-                f" ({', '.join(sorted(config.target_parameters))}: peft adapts stacked experts by plain LoRA only, "
-                "without dropout, DoRA, PiSSA, OLoRA; set these off, or target_modules: [q_proj, k_proj, v_proj, "
-                "o_proj])"
-            )
+        stacked = ", ".join(sorted(getattr(config, "target_parameters", None) or ()))
+        rule = "peft adapts stacked experts by plain LoRA only, without dropout"
+        hint = f" ({stacked}: {rule})" if stacked else ""
         raise ValueError(f"backbone.adapter: {type(config).__name__}: {one_line(error)}{hint}") from error
 
 

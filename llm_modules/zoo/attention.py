@@ -107,10 +107,11 @@ def packed_attention(
             raise ValueError(
                 f"attention: {NAME!r} has no dropout, got {dropout}; set the model's attention dropout to 0"
             )
-        states = _one_dtype(query, key, value)
-        states = states if context is None else context.to_heads(*states)
+        query, key, value = _one_dtype(query, key, value)
+        if context is not None:
+            query, key, value = context.to_heads(query, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _documents(*states, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap)
+        out = _documents(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap)
         return out if context is None else context.to_positions(out), None
     if softcap is not None:
         return _softcapped(module, query, key, value, attention_mask, scaling, dropout, softcap), None

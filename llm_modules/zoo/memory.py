@@ -233,7 +233,8 @@ def _kept(
 def _fake_grouped_products() -> Iterator[None]:
     """Inside, the experts' grouped products run on fake tensors: torch's knows fake ones in bf16 only."""
     original = nn.functional.grouped_mm
-    nn.functional.grouped_mm = lambda rows, weights, *, offs: _GroupedProduct.apply(rows, weights, offs)
+    fake: Any = lambda rows, weights, *, offs: _GroupedProduct.apply(rows, weights, offs)  # noqa: E731
+    nn.functional.grouped_mm = fake
     try:
         yield
     finally:
