@@ -83,7 +83,7 @@ def test_unmerged_and_merged_say_what_was_trained(name: str, adapter: str, tmp_p
         ({"use_dora": True}, r"does not work with use_dora=True\. \(.*plain LoRA only"),
         (
             {"lora_dropout": 0.1},
-            r"does not work with lora_dropout != 0\. \(.*set these off, or target_modules: \[q_proj",
+            r"does not work with lora_dropout != 0\. \(.*plain LoRA only, without dropout",
         ),
         (
             {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_proj"]},
