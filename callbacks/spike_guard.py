@@ -69,6 +69,8 @@ class SpikeGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return  # DeepSpeed comes here once a micro-batch; the window's loss is logged in its last one
         losses, rows = self._losses, self._rows
         self._losses, self._rows = [], []
         problem = self._not_a_number(trainer, pl_module, torch.stack(losses).float(), optimizer, rows)

@@ -89,8 +89,10 @@ def staged(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     options = StagingOptions(
         use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
     )
-    copy: Any = DefaultStager(options).stage(parts)
-    return copy
+    # FSDP1's kind of spread tensor is not known to the stager: it is copied where it is.
+    own = {name: value.clone() for name, value in parts.items() if hasattr(value, "local_shards")}
+    others: Any = DefaultStager(options).stage({name: value for name, value in parts.items() if name not in own})
+    return {name: own[name] if name in own else others[name] for name in parts}
 
 
 def write_parts(parts: dict[str, Tensor], folder: Path, group: Any) -> list[Path]:
