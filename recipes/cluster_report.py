@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.cluster_world import World, own_address, spans
-from recipes.compose import Composed
+from recipes.compose import Composed, is_class_name
 from recipes.errors import OUR_PACKAGES, one_line
 from recipes.run_folder import PACKAGES
 
@@ -90,11 +90,9 @@ def import_problem(composed: Composed | None) -> str:
 
 
 def _modules(value: Any) -> Iterator[str]:
-    """The modules whose classes a config names."""
-    if isinstance(value, dict):
-        path = value.get("class_path")
-        if isinstance(path, str) and "." in path:
-            yield path.rpartition(".")[0]
+    """The modules whose classes a config names, by class_path or by the name alone."""
+    if is_class_name(value) and "." in value:
+        yield value.rpartition(".")[0]
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _modules(item)
 
