@@ -106,6 +106,13 @@ def test_every_overlay_goes_on_top_of_a_recipe(name: str) -> None:
         values = compose([base, f"adapters/{name}", "precision/bf16-mixed"]).values
         fields = values["model"]["init_args"]["backbone"]
         assert fields["config"]["model_type"] == "llama"
+        if name == "lora-experts":
+            with pytest.raises(ValueError, match="matches no parameter; there are no stacked ones in this model"):
+                Backbone(**fields).check(vocabulary=260, sequence_length=64, precision="bf16-mixed")
+            fields["config"] = {
+                "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+            }  # fmt: skip
         Backbone(**fields).check(vocabulary=260, sequence_length=64, precision="bf16-mixed")
 
 
@@ -321,15 +328,15 @@ def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.Ca
 def test_an_adapter_on_another_base_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     run = fit("-c", "adapters/lora", "--trainer.max_steps", "1")
     checkpoint = str(run / "checkpoints" / "step-00000001.ckpt")
-    words = ["fit", "-c", "tiny", "-c", "adapters/lora", "--ckpt_path", checkpoint]
+    lora = ["-c", "adapters/lora"]
     capsys.readouterr()
     for more, message in (
-        (["--seed_everything", "8"], "the adapter's base is random weights of seed 7 (weights "),
-        (["--model.backbone.adapter.r", "8"], "a checkpoint of another model: adapter.r 16 -> 8"),
+        ([*lora, "--seed_everything", "8"], "the adapter's base is random weights of seed 7 (weights "),
+        ([*lora, "--model.backbone.adapter.r", "8"], "a checkpoint of another model: adapter.r 16 -> 8"),
         (["-c", "adapters/ia3"], "a checkpoint of another model: "),
-        (["-c", "precision/nf4"], "the adapter's base is "),
+        ([*lora, "-c", "precision/nf4"], "the adapter's base is "),
     ):
-        assert main([*words, *more]) == 2
+        assert main(["fit", "-c", "tiny", *more, "--ckpt_path", checkpoint]) == 2
         error = capsys.readouterr().err
         assert message in error, error
         assert "Traceback" not in error
