@@ -11,6 +11,7 @@ import glob
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,11 +113,7 @@ class Source:
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and self._format(p) is not None)
-            found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            if self.format == "auto":
-                # A folder of data often holds its licence as text beside its rows.
-                found = [p for p in found if p.stem.upper() not in ("LICENSE", "LICENCE", "README", "NOTICE")]
+            found = [p for p in _visible(path) if self._takes(p)]
             if not found:
                 raise ValueError(f"source {self.path!r}: no {' '.join(SUFFIXES)} file in this folder")
         elif glob.has_magic(str(path)):
@@ -136,6 +133,21 @@ class Source:
             if file.stat().st_size == 0:
                 raise ValueError(f"{file}: the file is empty")
         return [(file, self._format(file) or "") for file in found]
+
+    def left_out(self) -> dict[str, int]:
+        """What a folder holds and `files` leaves out: ``{"files left out of notes/ (.md)": 3}``, by suffix."""
+        path = Path() if self.builtin or self.format == "hub" else _located(self.path)
+        if self.builtin or self.format == "hub" or not path.is_dir():
+            return {}
+        others = Counter(
+            p.name if self._format(p) or not p.suffix else p.suffix for p in _visible(path) if not self._takes(p)
+        )
+        return {f"files left out of {self.path} ({suffix})": count for suffix, count in sorted(others.items())}
+
+    def _takes(self, file: Path) -> bool:
+        """Of a folder's files. (One of data often holds its licence as text beside its rows.)"""
+        about = self.format == "auto" and file.stem.upper() in ("LICENSE", "LICENCE", "README", "NOTICE")
+        return self._format(file) is not None and not about
 
     def _format(self, file: Path) -> str | None:
         return SUFFIXES.get(file.suffix.lower()) if self.format == "auto" else self.format
@@ -183,6 +195,12 @@ class Source:
 
         digest.update((readers.builtin_version(self.path) if self.builtin else readers.hub_version(self)).encode())
         return digest.hexdigest()
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The files in a folder and below it, without hidden ones, in a fixed order."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _looked_up(row: Row, name: str) -> Any:

@@ -312,7 +312,7 @@ class TokenDataModule(LightningDataModule):
             vocabulary: number of token ids of the model; the tokenizer's if not given.
             color: mark what is trained in the sample by color; None: where standard error is a terminal.
         """
-        return audit_corpus(
+        report = audit_corpus(
             self.corpus,
             self.epoch_plan(0),
             self.prepared_tokenizer,
@@ -322,6 +322,9 @@ class TokenDataModule(LightningDataModule):
             vocabulary=vocabulary,
             color=sys.stderr.isatty() if color is None else color,
         )
+        for source in (*self.sources, *(self.validation_sources or ())):
+            report.counts |= source.left_out()
+        return report
 
 
 def cache_folder(folder: str | None) -> Path:

@@ -193,3 +193,26 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     (tmp_path / "a.txt").write_text("two")
     assert source.fingerprint() != first
     assert Source(source.path, limit=1).fingerprint() != source.fingerprint()
+
+
+def test_what_a_folder_holds_beside_its_rows_is_counted(tmp_path):
+    """Told by the audit, not left out silently."""
+    from llm_modules.data import TextDataModule
+
+    for name in ("a.txt", "b.txt", "c.md", "d/e.md", "README.txt", "Makefile", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"some text of {name}, long enough")
+    path = str(tmp_path)
+    found = {"(.md)": 2, "(Makefile)": 1, "(README.txt)": 1}
+    expected = {f"files left out of {path} {what}": count for what, count in found.items()}
+    assert Source(path).left_out() == expected
+    assert Source(path + "/a.txt").left_out() == {}
+    assert Source("builtin:python-docs").left_out() == {}
+    data = TextDataModule(
+        sources=[{"path": path}], batch_size=1, tokenizer="builtin:bytes", sequence_length=64,
+        validation_fraction=0.0, cache_dir=str(tmp_path / ".cache"),
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup("fit")
+    assert expected.items() <= data.audit().counts.items()
+    assert f"files left out of {path} (.md): 2" in data.audit().lines
