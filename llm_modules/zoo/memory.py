@@ -232,13 +232,13 @@ def _kept(
 @contextmanager
 def _fake_grouped_products() -> Iterator[None]:
     """Inside, the experts' grouped products run on fake tensors: torch's knows fake ones in bf16 only."""
-    original = nn.functional.grouped_mm
-    fake: Any = lambda rows, weights, *, offs: _GroupedProduct.apply(rows, weights, offs)  # noqa: E731
-    nn.functional.grouped_mm = fake
+    functional: Any = nn.functional
+    original = functional.grouped_mm
+    functional.grouped_mm = lambda rows, weights, *, offs: _GroupedProduct.apply(rows, weights, offs)
     try:
         yield
     finally:
-        nn.functional.grouped_mm = original
+        functional.grouped_mm = original
 
 
 class _GroupedProduct(torch.autograd.Function):
