@@ -25,7 +25,7 @@ from recipes.compose import LINKED, Composed
 from recipes.diagnose import Diagnosis, fields_of, find_class
 from recipes.errors import UserError, one_line, raised_in, user_message
 from recipes.hardware import check_gpus, check_strategy
-from recipes.ranks import under_srun
+from recipes.ranks import end_on_sigterm, under_srun
 from recipes.redaction import redact_config
 from recipes.run_folder import RunFolder
 from recipes.yaml_tree import display
@@ -138,6 +138,7 @@ class RecipeCLI(LightningCLI):
             place = self.composed.origin(("trainer", "devices"))
             raise UserError(f"{place}: `trainer.devices` is {config.get('devices')!r}: {one_line(error)}") from error
         check_strategy(self.composed, trainer)
+        end_on_sigterm(trainer)
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _PARENT = os.getppid()  # the launcher, or rank 0 that started this process
 _WORD = 10.0  # seconds in which rank 0 comes to the same mistake, and the launcher ends the others
@@ -83,6 +84,30 @@ def job_id() -> str:
     if int(env.get("SLURM_NTASKS", "1")) > 1:
         return f"slurm {env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')} {env.get('SLURM_RESTART_COUNT', '0')}"
     return f"process {os.getpid()}"
+
+
+def end_on_sigterm(trainer: Any) -> None:
+    """Lets SIGTERM end a Trainer's processes at once, but while it trains (`GracefulStop`) or where a handler is set.
+
+    Lightning's own handler broadcasts, and goes on: a rank that is told while it waits for another, as all do before
+    the first step, then waits for ever.
+    """
+    connector = trainer._signal_connector
+
+    def end(number: int, frame: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if hasattr(launcher, "kill"):
+            launcher.kill(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def register() -> None:
+        connector._original_handlers = connector._get_current_signal_handlers()  # put back when the Trainer is done
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, end)
+
+    connector.register_signal_handlers = register
 
 
 def part_from_the_others() -> None:

@@ -33,3 +33,16 @@ class Pause(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         time.sleep(self.seconds)
+
+
+class PauseInValidation(Callback):
+    """Sleeps at the first batch of a validation, and leaves its process's id in a file named after its rank."""
+
+    def __init__(self, seconds: float, folder: str) -> None:
+        self.seconds = seconds
+        self.folder = folder
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        Path(self.folder, f"rank{trainer.global_rank}.pid").write_text(str(os.getpid()))
+        time.sleep(self.seconds)
+        self.seconds = 0.0
