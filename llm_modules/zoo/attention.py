@@ -107,9 +107,8 @@ def packed_attention(
             raise ValueError(
                 f"attention: {NAME!r} has no dropout, got {dropout}; set the model's attention dropout to 0"
             )
-        query, key, value = _one_dtype(query, key, value)
-        if context is not None:
-            query, key, value = context.to_heads(query, key, value)
+        states = _one_dtype(query, key, value)
+        query, key, value = states if context is None else context.to_heads(*states)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = _documents(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap)
         return out if context is None else context.to_positions(out), None

@@ -118,22 +118,14 @@ def peak_memory(
             measured, about as much as the activations (or the gradients, where they are more) and half the head's. (The
             other fields are the bytes in use.)
     """
-    size = torch.finfo(weight_dtype(precision)).bits // 8
+    size, cpu = torch.finfo(weight_dtype(precision)).bits // 8, device == "cpu"
     trained = parameters if trainable is None else trainable
+    offload = activation_offload and not cpu
     activations = activation_bytes(
-        config,
-        tokens,
-        precision,
-        activation_checkpointing,
-        attention,
-        lean and device == "cpu",
-        activation_offload and device != "cpu",
+        config, tokens, precision, activation_checkpointing, attention, lean and cpu, offload
     )
     scoring = head_bytes(config, round(tokens * trained_share), precision, head, head_chunk, device)
-    gradients, cpu = trained * size, device == "cpu"
-    table = config.get_text_config()
-    # Two of the largest tensor's size (the root of the second moment, and the quotient), of what is trained.
-    step = min(2 * table.vocab_size * table.hidden_size * size, 2 * gradients)
+    gradients, table = trained * size, config.get_text_config()
     return PeakMemory(
         weights=parameters * size if weights is None else weights,
         gradients=gradients,
@@ -142,7 +134,8 @@ def peak_memory(
         head=scoring,
         allocator=max(activations, gradients) + scoring // 2 if cpu else 0,
         accumulates=accumulate > 1,
-        step=step,
+        # Two of the largest tensor's size: the root of the second moment, and the quotient.
+        step=2 * min(table.vocab_size * table.hidden_size * size, gradients),
         libraries=LIBRARIES if cpu else 0,
     )
 
