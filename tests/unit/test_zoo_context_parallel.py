@@ -13,16 +13,19 @@ from llm_modules.strategies import ShardedStrategy
 from llm_modules.zoo.attention import packed_attention, register
 from llm_modules.zoo.context_parallel import check_context_parallel
 from llm_modules.zoo.probe import try_slices
+from llm_modules.zoo.routing import Routing
 from tests.parity.test_zoo_families import COMMON, FAMILIES, config_of
 
 register()
 
 
-def model(family: str = "llama", attention: str = "packed", virtual: Any = None, **changes: Any) -> Any:
+def model(
+    family: str = "llama", attention: str = "packed", virtual: Any = None, routing: Any = None, **changes: Any
+) -> Any:
     """As much of a ``CausalLM`` as is looked at before its rows are split."""
     config = AutoConfig.for_model(family, **COMMON, **changes)
     config._attn_implementation = attention
-    return SimpleNamespace(hf=SimpleNamespace(config=config), virtual=virtual)
+    return SimpleNamespace(hf=SimpleNamespace(config=config), virtual=virtual, routing=routing)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,6 +55,7 @@ ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
         (model(), 3, 1, "context_parallel 3 does not divide the model's 4 attention heads"),
         (model(), 4, 2, "context_parallel 4 x tensor_parallel 2 does not divide the model's 4 attention heads"),
         (model(attention="sdpa"), 2, 1, "backbone.attention 'sdpa' sees only .*; set backbone.attention to 'packed'"),
+        (model(routing=Routing(0.02, 2)), 2, 1, "the load-balancing loss of 'llama' is not taken over slices; set its"),
         (model(virtual=object()), 2, 1, "virtual tokens before each document; use another adapter"),
         (model(rope_parameters=ROPE), 2, 1, r"rotary embeddings of this 'llama' \(dynamic\) depend on the longest"),
     ],
