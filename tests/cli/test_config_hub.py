@@ -132,5 +132,5 @@ def test_data_are_read(
         for i in range(len(arguments.get(part) or []))
         for word in (f"--data.{part}.{i}.limit", "60")
     ]
-    assert main(["fit", "-c", "base.yaml", "-c", str(path), *limits, "--dry-run"]) == 0
+    assert main(["fit", "-c", "base.yaml", "-c", str(path), *limits, "--data.batch_size", "1", "--dry-run"]) == 0
     assert "tokens: " in capsys.readouterr().err

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llm_modules.zoo import Backbone
 from llm_modules.zoo.estimate import meta_model, parameter_count, si, summarize, token_flops
-from llm_modules.zoo.memory import activation_bytes, optimizer_state, peak_memory
+from llm_modules.zoo.memory import LIBRARIES, activation_bytes, optimizer_state, peak_memory
 from recipes.processor import multiplies_bfloat16
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
@@ -270,4 +270,5 @@ def test_peak_memory_is_the_measured_peak(
     command = [sys.executable, "-c", MEASURE, json.dumps({**settings, "tight": tight})]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert estimate.total == pytest.approx(json.loads(done.stdout), rel=0.2)
+    code = LIBRARIES if tight else 0  # which the estimate for a GPU leaves out
+    assert estimate.total + code == pytest.approx(json.loads(done.stdout), rel=0.2)
