@@ -123,6 +123,7 @@ def test_what_an_overlay_sets() -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.unproven
 def test_the_table(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
     """fp32's loss is that of a fit; what a recipe's own overlay says of the precision is not what is compared with."""
     pytest.importorskip("bitsandbytes")
@@ -159,6 +160,7 @@ def test_the_table(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_a_reference_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "precision", "-c", "tiny", "--data.batch_size", "900"]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("recipes: ")]

@@ -16,6 +16,7 @@ from tests.distributed.test_resume import LAYOUTS, ROOT, write_recipe
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_wait_for_one_another(tmp_path: Path, rank: int) -> None:
     write_recipe(tmp_path, LAYOUTS["padded, 0 workers, two ranks"])
