@@ -182,7 +182,7 @@ def ended(process: subprocess.Popen[str], seconds: float = 500) -> tuple[int, li
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
+@pytest.mark.cluster
 def test_a_recipe_for_one_device_under_torchrun(folder: Path) -> None:
     """Each process would take itself for the only one, and train a model of its own."""
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
@@ -194,7 +194,7 @@ def test_a_recipe_for_one_device_under_torchrun(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
+@pytest.mark.cluster
 def test_a_mistake_under_the_launcher_is_said_once_and_not_tried_again(folder: Path) -> None:
     words = ["--devices", "2", "--preflight", "0", "--data.sources.0.path", "nothing.jsonl"]
     status, lines, err = ended(start(folder, "recipes", "launch", "torchrun", "-c", "tiny", *words))
@@ -205,7 +205,7 @@ def test_a_mistake_under_the_launcher_is_said_once_and_not_tried_again(folder: P
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
+@pytest.mark.cluster
 def test_a_mistake_that_all_ranks_find_is_said_by_rank_0(folder: Path) -> None:
     """Found when the processes stand, in Lightning's own launcher."""
     endless = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"]
@@ -218,7 +218,7 @@ def test_a_mistake_that_all_ranks_find_is_said_by_rank_0(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
+@pytest.mark.cluster
 def test_a_mistake_that_one_rank_alone_finds_names_it(folder: Path) -> None:
     """A file is missing on the second of two nodes, which are two folders."""
     (folder / "other").mkdir()
@@ -239,7 +239,7 @@ def test_a_mistake_that_one_rank_alone_finds_names_it(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
+@pytest.mark.cluster
 @pytest.mark.parametrize("missing", ["the module", "what it imports"])
 def test_a_module_is_missing_on_one_node(folder: Path, missing: str) -> None:
     """The nodes are two folders; what rank 0 alone has is in `more`."""
@@ -275,7 +275,7 @@ def test_a_module_is_missing_on_one_node(folder: Path, missing: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("rank", "text"),
     [

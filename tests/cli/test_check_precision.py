@@ -160,7 +160,6 @@ def test_the_table(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
 def test_a_reference_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "precision", "-c", "tiny", "--data.batch_size", "900"]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("recipes: ")]

@@ -17,7 +17,7 @@ import torch
 from callback_runs import TinyModule, make_trainer
 
 from callbacks import AtomicCheckpointIO, StepCheckpoint
-from callbacks.checkpoint_io import CheckpointError, checkpoint_bytes
+from callbacks.checkpoint_errors import CheckpointError, checkpoint_bytes
 
 
 def checkpoint(numbers: int = 1000) -> dict[str, Any]:
