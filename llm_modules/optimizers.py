@@ -112,6 +112,15 @@ FLAT = (
 )
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for matrix products in bfloat16.
+
+    Without them torch computes these products element by element: 2 to 8 GFLOP/s were measured on a core of a processor
+    that does 70 in fp32.
+    """
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 class MuonAdamW(Optimizer):
     """Muon for hidden matrices, AdamW for embeddings, the head, norms and biases, as one optimizer.
 
@@ -175,6 +184,10 @@ class MuonAdamW(Optimizer):
             return
         for parameter in parameters:
             self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        coefficients = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
+        if parameters[0].device.type == "cpu" and not multiplies_bfloat16():
+            self._muon_in_own_precision(group, parameters, coefficients, EPS)
+            return
         muon(
             parameters,
             [p.grad for p in parameters if p.grad is not None],
@@ -183,12 +196,33 @@ class MuonAdamW(Optimizer):
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             nesterov=True,
-            ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
+            ns_coefficients=coefficients,
             ns_steps=group["ns_steps"],
             eps=EPS,
             adjust_lr_fn="match_rms_adamw",
             has_complex=False,
         )
+
+    def _muon_in_own_precision(
+        self, group: dict[str, Any], parameters: list[Tensor], coefficients: tuple[float, ...], eps: float
+    ) -> None:
+        """torch's Muon multiplies in bf16 whatever the weights are: 10 s a step of 4 M parameters instead of 0.4 on a
+        processor without such instructions."""
+        lr, (a, b, c) = group["lr"], coefficients
+        for parameter in parameters:
+            gradient, buffer = parameter.grad, self.state[parameter]["momentum_buffer"]
+            assert gradient is not None
+            buffer.lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(buffer, group["momentum"])
+            tall = update.shape[0] > update.shape[1]
+            update = update.T if tall else update
+            update = update / update.norm().clamp(min=eps)
+            for _ in range(group["ns_steps"]):
+                gram = update @ update.T
+                update = torch.addmm(update, torch.addmm(gram, gram, gram, beta=b, alpha=c), update, beta=a)
+            parameter.mul_(1 - lr * group["weight_decay"])
+            # match_rms_adamw
+            parameter.add_(update.T if tall else update, alpha=-lr * 0.2 * max(parameter.shape) ** 0.5)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         from torch.optim.adamw import adamw

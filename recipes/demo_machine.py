@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recipes.processor import multiplies_bfloat16
-
 if TYPE_CHECKING:
     from llm_modules import LanguageModelModule
 
@@ -37,6 +35,8 @@ class Steps:
 def choose_precision() -> str:
     """bf16-mixed on a GPU and on processors that multiply in bfloat16; 32-true elsewhere, where it would be slower."""
     import torch
+
+    from llm_modules.optimizers import multiplies_bfloat16
 
     if torch.cuda.is_available():
         return "bf16-mixed"

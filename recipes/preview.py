@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from llm_modules.optimizers import multiplies_bfloat16
 from recipes.compose import Composed
 from recipes.errors import UserError
-from recipes.processor import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from recipes.cli import RecipeCLI

@@ -26,14 +26,3 @@ def share_the_cores() -> None:
     programs run: measured on two cores with one other program, 4.5 s a step against 1.0 s.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for matrix products in bfloat16.
-
-    Without them torch computes these products element by element: 2 to 8 GFLOP/s were measured on a core of a processor
-    that does 70 in fp32.
-    """
-    import torch
-
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -48,7 +48,8 @@ def step(model: Model, optimizers: list[torch.optim.Optimizer], seed: int) -> No
         optimizer.step()
 
 
-def test_equals_torch_muon_and_adamw() -> None:
+def test_equals_torch_muon_and_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_modules.optimizers.multiplies_bfloat16", lambda: True)  # else in fp32, see below
     torch.manual_seed(0)
     ours = Model()
     theirs = copy.deepcopy(ours)
@@ -86,3 +87,28 @@ def test_state_survives_a_round_trip() -> None:
 def test_negative_rate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"optimizer\.lr: -1"):
         MuonAdamW(Model().parameters(), lr=-1)
+
+
+def test_muon_without_bf16_is_the_polynomial_of_the_singular_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, where the processor multiplies bf16 element by element; and near what torch does in bf16."""
+    from llm_modules import optimizers
+
+    generator = torch.Generator().manual_seed(3)
+    for shape in ((24, 16), (16, 24)):
+        start, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+        weights = {}
+        for native in (False, True):
+            monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda native=native: native)
+            parameter = torch.nn.Parameter(start.clone())
+            parameter.grad = gradient.clone()
+            MuonAdamW([parameter], lr=0.1, weight_decay=0.01).step()
+            weights[native] = parameter.detach()
+        # Nesterov's step from a momentum of zero: g + 0.95 * (0.05 g - g) is 0.0975 g, and only its direction counts.
+        u, values, v = torch.linalg.svd(gradient.double(), full_matrices=False)
+        values = values / gradient.double().norm()
+        for _ in range(5):
+            values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+        expected = start.double() * (1 - 0.1 * 0.01) - 0.1 * 0.2 * 24**0.5 * (u @ torch.diag(values) @ v)
+        torch.testing.assert_close(weights[False].double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(weights[True].double(), expected, rtol=0, atol=5e-3)
+        assert (weights[True] - weights[False]).abs().max() > 0

@@ -14,10 +14,10 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from llm_modules.optimizers import multiplies_bfloat16
 from llm_modules.zoo import Backbone
 from llm_modules.zoo.estimate import meta_model, parameter_count, si, summarize, token_flops
 from llm_modules.zoo.memory import LIBRARIES, activation_bytes, optimizer_state, peak_memory
-from recipes.processor import multiplies_bfloat16
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 
