@@ -153,6 +153,11 @@ def test_files_and_functions_are_short(name: str) -> None:
     assert {function: lines for function, lines in long.items() if lines >= LONGEST_FUNCTION} == {}
 
 
+def test_files_of_tests_are_short() -> None:
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length >= LONGEST_FILE} == {}
+
+
 def test_no_file_is_a_drawer() -> None:
     assert [name for name in SOURCES if name.split(".")[-1] in FORBIDDEN_NAMES] == []
 
