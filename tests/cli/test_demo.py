@@ -59,19 +59,22 @@ def test_questions_are_held_out_of_every_kind_and_have_answers(tmp_path: Path) -
 
 def test_length_is_validated_at_its_end() -> None:
     assert length(None) == []
-    assert length(30) == ["--trainer.max_steps", "30", "--trainer.val_check_interval", "15"]
+    assert length(30) == ["--trainer.max_steps", "30", "--trainer.val_check_interval", "30"]
 
 
 def test_a_slow_machine_gets_fewer_steps() -> None:
-    fast = demo_machine.choose_steps(0.01)
+    machine = demo_machine
+    fast = machine.choose_steps(0.01)
     assert (fast.pretrain, fast.sft) == (None, None)
-    slow = demo_machine.choose_steps(0.5)
-    assert slow.pretrain is not None
-    assert slow.sft is not None
-    seconds = (slow.pretrain + slow.sft * demo_machine.SFT_STEP) * 0.5
-    assert seconds == pytest.approx(demo_machine.BUDGET_SECONDS, rel=0.02)
-    slowest = demo_machine.choose_steps(60)
-    assert slowest.pretrain == demo_machine.PRETRAIN_STEPS * demo_machine.FEWEST
+    for seconds in (0.4, 0.7):
+        slow = machine.choose_steps(seconds)
+        assert slow.pretrain is not None
+        assert slow.sft is not None
+        steps = slow.pretrain + slow.sft * machine.SFT_STEP + machine.VALIDATION_STEPS
+        assert steps * seconds * machine.STEP_FACTOR == pytest.approx(machine.BUDGET_SECONDS, rel=0.02)
+    slowest = machine.choose_steps(60)
+    assert slowest.pretrain == machine.PRETRAIN_STEPS * machine.FEWEST_PRETRAIN
+    assert slowest.sft == machine.SFT_STEPS * machine.FEWEST_SFT
 
 
 def test_the_steps_are_those_of_the_recipes() -> None:
