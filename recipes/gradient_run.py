@@ -151,6 +151,7 @@ class KeepGradients(Callback):
             "batch_size": data.batch_size,
             "accumulate": trainer.accumulate_grad_batches,
             "replicas": pl_module.replicas[0],
+            "packing": getattr(data, "packing", None),
         }
         torch.save(kept, self._out)
 
