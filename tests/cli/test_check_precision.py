@@ -150,7 +150,7 @@ def test_the_table(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
     said = [line for line in err.splitlines() if line.startswith("recipes: ")]
     assert len(said) == 1  # quantized weights are another model's, and are only shown
     assert said[0].startswith("recipes: bf16-mixed: the loss is ")
-    assert said[0].endswith(" % from that of 32-true, beyond 1e-06 %")
+    assert said[0].endswith(" % from 32-true's, beyond 1e-06 %")
     assert sorted(path.name for path in folder.iterdir()) == ["rows.jsonl", "tiny.yaml"]
 
     assert main(["fit", *words]) == 0
