@@ -10,7 +10,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-dev demo test test-fast test-cluster test-unproven lint checks bench clean
+.PHONY: help setup setup-dev demo test test-fast test-cluster lint checks bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,16 +41,13 @@ demo: $(RUN_STAMP) ## tokenizer, pre-training, fine-tuning and a report, on this
 	@$(BIN)/recipes demo
 
 test: $(DEV_STAMP) ## all tests but test-cluster's (15 minutes on two cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not cluster and not unproven" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not cluster" $(ARGS)
 
 test-fast: $(DEV_STAMP) ## without the slow ones
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not unproven" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 test-cluster: $(DEV_STAMP) ## every strategy on 1, 2 and 4 processes; a real Slurm of two nodes (as root)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not unproven" $(ARGS)
-
-test-unproven: $(DEV_STAMP) ## what no whole run has been seen to pass; see tests/README.md
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m unproven $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster" $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

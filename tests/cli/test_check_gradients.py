@@ -65,7 +65,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.unproven
 def test_what_is_right_passes_also_with_lora_and_its_dropout(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
     words = ["-c", "adapters/lora", "--model.backbone.adapter.lora_dropout", "0.5"]
     assert main(["check", "gradients", "-c", "tiny", "-c", "strategies/ddp", "--devices", "2", *words]) == 0
@@ -95,7 +94,6 @@ def test_a_rank_whose_gradients_are_not_reduced(capfd: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.unproven
 def test_an_objective_that_divides_by_its_own_micro_batch(capfd: pytest.CaptureFixture[str]) -> None:
     """It is told apart from broken synchronization: one process with the same micro-batches has the same gradient."""
     assert main(["check", "gradients", "-c", "tiny", "--model.objective", "broken.MicroBatchMean"]) == 1
@@ -108,7 +106,6 @@ def test_an_objective_that_divides_by_its_own_micro_batch(capfd: pytest.CaptureF
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.unproven
 def test_inside_torchrun(folder: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["-c", "tiny", "-c", "strategies/fsdp2", "--devices", "2", "--steps", "2"]

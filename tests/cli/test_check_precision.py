@@ -123,7 +123,6 @@ def test_what_an_overlay_sets() -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.unproven
 def test_the_table(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
     """fp32's loss is that of a fit; what a recipe's own overlay says of the precision is not what is compared with."""
     pytest.importorskip("bitsandbytes")

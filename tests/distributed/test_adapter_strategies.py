@@ -17,7 +17,7 @@ from recipes.__main__ import main
 from tests.distributed.strategy_cells import STEPS
 from tests.distributed.test_strategies import LORA, LOSS, SAVED_AFTER, WEIGHTS, Launches, check_table, difference
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 def peft(name: str, **arguments: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.parity.test_zoo_families import FAMILIES
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 ROOT = Path(__file__).parents[2]
 

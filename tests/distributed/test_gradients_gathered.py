@@ -16,7 +16,7 @@ from recipes.check_gradients import ranks_differ
 from recipes.gradient_difference import difference
 from tests.invariance.gradients import write_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 ROOT = Path(__file__).parents[2]
 LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "lora_alpha": 8}}

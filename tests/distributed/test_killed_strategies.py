@@ -20,7 +20,7 @@ import yaml
 from recipes.__main__ import main
 from tests.distributed.test_resume import RECIPE, ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 STEPS = 9
 FORMS = {

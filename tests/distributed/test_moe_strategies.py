@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.test_strategies import LOSS, STEPS, WEIGHTS, Launches, difference
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 EXPERTS = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "lora_alpha": 8}}
 JOBS: dict[str, dict[str, Any]] = {

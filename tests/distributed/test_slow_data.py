@@ -13,7 +13,7 @@ import yaml
 
 from tests.distributed.test_resume import LAYOUTS, ROOT, write_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 SECONDS, TIMEOUT = 24, 15
 

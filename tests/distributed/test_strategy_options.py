@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.test_strategies import LOSS, STEPS, WEIGHTS, Launches, difference
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefetch": ("fsdp2-prefetch", {}),

@@ -16,7 +16,7 @@ import yaml
 from tests.distributed.namespaces import CABLE, TwoNodes, install
 from tests.distributed.test_resume import LAYOUTS, ROOT, metrics, recipes, write_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.unproven]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 STEPS = 10  # two epochs
 LAYOUT = LAYOUTS["packed, 2 workers, two ranks"]
