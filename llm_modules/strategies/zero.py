@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from llm_modules.strategies.zero_nvme import (
     OPTIMIZER_BUFFERS,
     check_request,
-    fit_swapping,
+    prepare_weights,
     refuse_optimizer,
     refuse_without_libaio,
     swap_folder,
@@ -118,7 +118,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.nvme_path is not None:
             assert isinstance(self.config, dict)
             refuse_optimizer(optimizer)
-            fit_swapping(self.config, model, self.world_size)
+            prepare_weights(self.config, model, self.world_size)
         self._groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         engine, zero, _, _ = deepspeed.initialize(
             config=self.config,
@@ -135,7 +135,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         if self.nvme_path is not None:
             assert isinstance(self.config, dict)
-            fit_swapping(self.config, model, self.world_size)
+            prepare_weights(self.config, model, self.world_size)
         super()._initialize_deepspeed_inference(model)
 
     # --- weights

@@ -102,8 +102,8 @@ def _remove(folder: str, pid: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def fit_swapping(config: dict[str, Any], model: nn.Module, world: int) -> None:
-    """Buffers for the model's weights as large as its largest partition: DeepSpeed wants the number before it looks.
+def prepare_weights(config: dict[str, Any], model: nn.Module, world: int) -> None:
+    """Sets DeepSpeed up for weights that are kept in files, where the config asks for it.
 
     Args:
         config: DeepSpeed's, changed in place.
@@ -122,6 +122,11 @@ def fit_swapping(config: dict[str, Any], model: nn.Module, world: int) -> None:
     offload["buffer_size"] = max(-(-parameter.numel() // world) for parameter in model.parameters())
     offload["max_in_cpu"] = 0  # else all weights stay in host memory up to a billion
     settings["stage3_max_reuse_distance"] = 0  # a weight that waits for its next use keeps its buffer
+    if not any(config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
+        import deepspeed
+
+        # DeepSpeed would do so itself, with buffers of bf16 for weights of fp32 where a CPU has no fp16.
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
 
 
 def refuse_optimizer(optimizer: Any) -> None:
