@@ -180,7 +180,7 @@ def _set_part(parameter: nn.Parameter, value: Tensor, key: str | None, swapped: 
         )
         return
     # DeepSpeed's own function for the whole parameter forgets the padding of the last rank's part.
-    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
+    size, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank()  # type: ignore[attr-defined]
     flat = value.to(parameter.ds_tensor.device).flatten()  # type: ignore[attr-defined]
     part = torch.zeros(size, dtype=flat.dtype, device=flat.device)
     mine = flat[size * rank : size * (rank + 1)]

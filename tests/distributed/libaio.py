@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 import shutil
 import subprocess
@@ -13,9 +12,9 @@ _APT = ("apt-get", "-q", "-o", "DPkg::Lock::Timeout=120")
 
 def install() -> str:
     """Installs Debian's packages where they are missing; returns why it cannot be done, or nothing."""
-    if ctypes.util.find_library("aio") and os.path.exists("/usr/include/libaio.h"):
-        if shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja"):
-            return ""
+    programs = (os.environ.get("CXX", "c++"), "ninja")
+    if os.path.exists("/usr/include/libaio.h") and all(shutil.which(program) for program in programs):
+        return ""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         return f"needs {', '.join(_PACKAGES)}, and root on a Debian to install them"
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}

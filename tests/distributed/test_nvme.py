@@ -1,4 +1,4 @@
-"""ZeRO-3 with states, and weights, in files: trains what one process trains, and its checkpoints are those of the others.
+"""ZeRO-3 with states, and weights, in files trains what one process trains; its checkpoints are as all others.
 
 What DeepSpeed swaps with is compiled when it is first used, which takes a minute on an idle machine.
 """
