@@ -66,7 +66,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 "strategy.offload_parameters: needs stage 3; in the others each device has all the weights"
             )
         check_request(stage, offload_optimizer, offload_parameters, nvme_path, swap_elements)
-        _find_deepspeed()
+        find_deepspeed()
         super().__init__(
             stage=stage,
             offload_optimizer=bool(offload_optimizer),
@@ -183,7 +183,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         return None if norm is None else torch.as_tensor(float(norm))
 
 
-def _find_deepspeed() -> None:
+def find_deepspeed() -> None:
     """Tells DeepSpeed that there is only a CPU before it is first imported: it decides then.
 
     Raises:

@@ -146,7 +146,8 @@ def refuse_optimizer(optimizer: Any) -> None:
 def warn_if_nothing_is_swapped(zero: Any, model: nn.Module) -> None:
     """DeepSpeed leaves in memory what is smaller than a block of 1 MiB."""
     swapped = any(zero._swappable_optimizer_subgroup(number) for number in range(len(zero.fp16_groups)))
-    if not swapped and not any(parameter.ds_tensor.final_location == "nvme" for parameter in model.parameters()):
+    parts = (parameter.ds_tensor for parameter in model.parameters())  # type: ignore[attr-defined]
+    if not swapped and not any(part.final_location == "nvme" for part in parts):
         rank_zero_warn("strategy.offload_optimizer: nvme: each device's parts are below 1 MiB, so all stay in memory")
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from llm_modules.strategies.zero import find_deepspeed
+from llm_modules.strategies.zero_nvme import refuse_without_libaio
 from tests.distributed.libaio import install
 from tests.distributed.test_strategies import LOSS, STEPS, WEIGHTS, Launches, difference
 
@@ -114,6 +116,16 @@ def test_what_is_saved_under_one_is_resumed_under_the_other(name: str, results: 
     print(name, f"{loss:.0e}, {weights:.0e}")
     assert loss <= LOSS
     assert weights <= WEIGHTS
+
+
+def test_what_is_needed_to_compile_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    refuse_without_libaio()
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    with pytest.raises(ValueError, match=r"something is missing: apt install libaio-dev$"):
+        refuse_without_libaio()
 
 
 def test_no_files_are_left(results: Results, folder: Path) -> None:
