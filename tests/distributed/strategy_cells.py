@@ -158,10 +158,12 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         writer.begin(trainer, cell["save"])
     swapped = Path(arguments["nvme_path"]) if "nvme_path" in arguments else None
     files = {str(f.relative_to(swapped)): f.stat().st_size for f in swapped.rglob("*.swp")} if swapped else {}
+    parts = [p.ds_tensor for p in module.parameters() if hasattr(p, "ds_tensor")]
+    absent = sum(part.ds_numel for part in parts if part.numel() < part.ds_numel)
     weights = trainer.strategy.lightning_module_state_dict()
     whole = {name: value.clone() for name, value in weights.items()}
     kept = {"losses": record.losses, "norms": record.norms, "tokens": record.tokens, "balance": record.balance}
-    return kept | {"weights": whole, "files": files}
+    return kept | {"weights": whole, "files": files, "absent": absent}
 
 
 def main(cells: list[dict[str, Any]], out: Path) -> None:

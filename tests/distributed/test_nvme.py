@@ -25,6 +25,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "next token": {"stage": "pretrain", "model": "llama", "config": WIDE},
     "SFT with LoRA": {"stage": "sft", "model": "llama", "config": WIDE, "backbone": {"adapter": LORA}},
 }
+IN_FILES = 6 * 256 * 2051 // 2  # two layers' three matrices, halved
 NVME: dict[str, Any] = {"stage": 3, "offload_optimizer": "nvme", "swap_elements": 400_000}  # four sub-groups and a rest
 WHAT: dict[str, dict[str, Any]] = {"optimizer": {}, "both": {"offload_parameters": "nvme"}}
 SAVED_AFTER = 3
@@ -92,14 +93,15 @@ def test_the_parts_were_in_files(what: str, results: Results) -> None:
         for state in ("exp_avg-", "exp_avg_sq-"):
             sizes = [size for name, size in own.items() if name.startswith(state)]
             assert len(sizes) == 3
-            assert sum(sizes) >= 4 * 6 * 256 * 2051 / 2  # bytes of two layers' three matrices, halved
+            assert sum(sizes) >= 4 * IN_FILES
         weights = [size for name, size in own.items() if name.endswith("_param.tensor.swp")]
         assert len(weights) == (6 if what == "both" else 0)
+    assert results[what]["absent"] == (IN_FILES if what == "both" else 0)  # of the weights, between their uses
 
 
 def test_frozen_weights_in_files(results: Results) -> None:
     result = results["both, SFT with LoRA"]
-    assert sum(name.endswith("_param.tensor.swp") for name in result["files"]) == 12
+    assert result["absent"] == IN_FILES
     loss, weights = difference(result, results["SFT with LoRA"])
     assert loss <= LOSS
     assert weights <= WEIGHTS
