@@ -15,6 +15,15 @@ from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llm_modules.strategies.zero_nvme import (
+    OPTIMIZER_BUFFERS,
+    check_request,
+    prepare_weights,
+    refuse_optimizer,
+    refuse_without_libaio,
+    swap_folder,
+    warn_if_nothing_is_swapped,
+)
 from llm_modules.strategies.zero_state import (
     load_zero_optimizer_state,
     load_zero_weights,
@@ -28,8 +37,11 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     Args:
         stage: what is spread over the devices: 1: the optimizer's state; 2: gradients too; 3: weights too.
-        offload_optimizer: keep the optimizer's state in host memory, and step there.
-        offload_parameters: keep the weights in host memory between their uses (stage 3).
+        offload_optimizer: keep the optimizer's state in host memory, and step there; ``nvme``: keep it in files, and
+            have one sub-group of it in host memory at a time (stage 3).
+        offload_parameters: keep the weights in host memory between their uses (stage 3); ``nvme``: in files.
+        nvme_path: a folder on an NVMe drive, on each machine, for the files of this run; they are removed when it ends.
+        swap_elements: weights of a sub-group; with ``nvme``, host memory holds five numbers (fp32) for each.
         bucket_elements: gradients that are reduced together, in elements: larger is faster and takes more memory.
         overlap: reduce gradients while the backward pass goes on (GPUs).
     """
@@ -40,8 +52,10 @@ class ZeroStrategy(DeepSpeedStrategy):
     def __init__(
         self,
         stage: Literal[1, 2, 3] = 2,
-        offload_optimizer: bool = False,
-        offload_parameters: bool = False,
+        offload_optimizer: bool | Literal["nvme"] = False,
+        offload_parameters: bool | Literal["nvme"] = False,
+        nvme_path: str | None = None,
+        swap_elements: int = 100_000_000,
         bucket_elements: int = 200_000_000,
         overlap: bool = True,
     ) -> None:
@@ -51,17 +65,23 @@ class ZeroStrategy(DeepSpeedStrategy):
             raise ValueError(
                 "strategy.offload_parameters: needs stage 3; in the others each device has all the weights"
             )
-        _find_deepspeed()
+        check_request(stage, offload_optimizer, offload_parameters, nvme_path, swap_elements)
+        find_deepspeed()
         super().__init__(
             stage=stage,
-            offload_optimizer=offload_optimizer,
-            offload_parameters=offload_parameters,
+            offload_optimizer=bool(offload_optimizer),
+            offload_optimizer_device="nvme" if offload_optimizer == "nvme" else "cpu",
+            optimizer_buffer_count=OPTIMIZER_BUFFERS,
+            offload_parameters=bool(offload_parameters),
+            offload_params_device="nvme" if offload_parameters == "nvme" else "cpu",
+            sub_group_size=swap_elements if offload_optimizer == "nvme" else 1_000_000_000_000,
             allgather_bucket_size=bucket_elements,
             reduce_bucket_size=bucket_elements,
             overlap_comm=overlap and torch.cuda.is_available(),
         )
         self.stage = stage
         self.spreads_weights = stage == 3
+        self.nvme_path = nvme_path
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # the config's own optimizer, whichever it is
         self._groups: list[list[str]] = []
@@ -80,11 +100,25 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._init_deepspeed_distributed()
         else:
             super().setup_distributed()
+        if self.nvme_path is not None:
+            self._prepare_swapping(self.nvme_path)
+
+    def _prepare_swapping(self, path: str) -> None:
+        refuse_without_libaio()
+        assert isinstance(self.config, dict)
+        folder = swap_folder(self, path, self.global_rank)
+        for part in ("offload_optimizer", "offload_param"):
+            if part in self.config["zero_optimization"]:
+                self.config["zero_optimization"][part]["nvme_path"] = folder
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> Any:
         import deepspeed
 
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        if self.nvme_path is not None:
+            assert isinstance(self.config, dict)
+            refuse_optimizer(optimizer)
+            prepare_weights(self.config, model, self.world_size)
         self._groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         engine, zero, _, _ = deepspeed.initialize(
             config=self.config,
@@ -94,7 +128,15 @@ class ZeroStrategy(DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
+        if self.nvme_path is not None:
+            warn_if_nothing_is_swapped(zero, model)
         return engine, zero
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        if self.nvme_path is not None:
+            assert isinstance(self.config, dict)
+            prepare_weights(self.config, model, self.world_size)
+        super()._initialize_deepspeed_inference(model)
 
     # --- weights
 
@@ -141,7 +183,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         return None if norm is None else torch.as_tensor(float(norm))
 
 
-def _find_deepspeed() -> None:
+def find_deepspeed() -> None:
     """Tells DeepSpeed that there is only a CPU before it is first imported: it decides then.
 
     Raises:

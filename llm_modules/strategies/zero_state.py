@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_modules.strategies.shards import not_mine
+from llm_modules.strategies.zero_nvme import SwappedParts, forget_swapped_states, in_memory
 
 
 def zero_weights(model: nn.Module, in_parts: bool = False) -> dict[str, Tensor]:
@@ -22,15 +23,20 @@ def zero_weights(model: nn.Module, in_parts: bool = False) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-    for number, (name, value) in enumerate(state.items()):
-        if not isinstance(value, nn.Parameter):
-            state[name] = value.detach().cpu()
-            continue
-        whole = safe_get_full_fp32_param(value) if value.requires_grad else None
-        if whole is None:
-            with _gathered(value):
-                whole = value.detach().clone()
-        state[name] = _dealt(whole, number, in_parts)
+    numbers = {name: number for number, name in enumerate(state)}
+    with SwappedParts(model) as swapped:
+        for name in sorted(state, key=lambda name: swapped.sub_group(state[name])):
+            value = state[name]
+            if not isinstance(value, nn.Parameter):
+                state[name] = value.detach().cpu()
+                continue
+            whole = None
+            if value.requires_grad:
+                whole = swapped.whole(value) if swapped.used else safe_get_full_fp32_param(value)
+            if whole is None:
+                with _gathered(value):
+                    whole = value.detach().clone()
+            state[name] = _dealt(whole, numbers[name], in_parts)
     return state
 
 
@@ -50,14 +56,15 @@ def load_zero_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: b
     if strict and set(own) != set(weights):
         missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
         raise ValueError(f"ckpt_path: weights of another model: missing {missing[:3]}, unknown {unknown[:3]}")
-    with torch.no_grad():
-        for name, target in own.items():
+    with torch.no_grad(), SwappedParts(model, changed=True) as swapped:
+        for name in sorted(own, key=lambda name: swapped.sub_group(own[name])):
             if name not in weights:
                 continue
+            target = own[name]
             with _gathered(target, modify=True):
                 target.data.copy_(weights[name])
             if isinstance(target, nn.Parameter) and target.requires_grad:
-                _set_part(target, weights[name], None)
+                _set_part(target, weights[name], None, swapped)
 
 
 def zero_optimizer_state(
@@ -70,29 +77,34 @@ def zero_optimizer_state(
         groups: names of the parameters of each of the optimizer's groups.
         in_parts: the parameters' states are dealt among the ranks, each keeps its own.
     """
-    from deepspeed.utils import safe_get_full_optimizer_state
-
     parameters = dict(model.named_parameters())
     base = zero.optimizer
     _link(zero)
     state: dict[int, dict[str, Any]] = {}
     described = []
     number = 0
-    for group, names in zip(base.param_groups, groups, strict=True):
-        kept: dict[str, Any] = next((base.state[p] for p in _partitions(zero, base, group) if p in base.state), {})
-        for position, name in enumerate(names, number):
-            if not kept:
-                continue
-            state[position] = {
-                key: _dealt(safe_get_full_optimizer_state(parameters[name], key), position, in_parts)
-                if isinstance(value, Tensor) and value.ndim > 0
-                else deepcopy(value)  # the step: torch counts each parameter's by itself
-                for key, value in kept.items()
-            }
-        settings = {key: value for key, value in group.items() if key != "params"}
-        described.append({**settings, "params": list(range(number, number + len(names)))})
-        number += len(names)
+    with SwappedParts(model) as swapped:
+        for group, names in zip(base.param_groups, groups, strict=True):
+            kept: dict[str, Any] = next((base.state[p] for p in _partitions(zero, base, group) if p in base.state), {})
+            for position, name in enumerate(names, number):
+                if not kept:
+                    continue
+                state[position] = {
+                    key: _dealt(_whole_state(parameters[name], key, swapped), position, in_parts)
+                    if isinstance(value, Tensor) and value.ndim > 0
+                    else deepcopy(value)  # the step: torch counts each parameter's by itself
+                    for key, value in kept.items()
+                }
+            settings = {key: value for key, value in group.items() if key != "params"}
+            described.append({**settings, "params": list(range(number, number + len(names)))})
+            number += len(names)
     return {"state": state, "param_groups": described}
+
+
+def _whole_state(parameter: nn.Parameter, key: str, swapped: SwappedParts) -> Tensor:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    return swapped.whole(parameter, key) if swapped.used else safe_get_full_optimizer_state(parameter, key)
 
 
 def load_zero_optimizer_state(model: nn.Module, zero: Any, groups: list[list[str]], saved: Mapping[str, Any]) -> None:
@@ -106,21 +118,26 @@ def load_zero_optimizer_state(model: nn.Module, zero: Any, groups: list[list[str
         raise ValueError(f"ckpt_path: the checkpoint's optimizer has groups of {sizes} parameters, this run's of {own}")
     parameters = dict(model.named_parameters())
     base = zero.optimizer
+    forget_swapped_states(zero)
     for group, names, from_file in zip(base.param_groups, groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in from_file.items() if key != "params"})
         states = [saved["state"][position] for position in from_file["params"] if position in saved["state"]]
         if not states:
             continue
         for partition in _partitions(zero, base, group):
-            base.state[partition] = {
-                key: torch.zeros_like(partition) if isinstance(value, Tensor) and value.ndim > 0 else deepcopy(value)
-                for key, value in states[0].items()
-            }
+            with in_memory(zero, partition):
+                base.state[partition] = {
+                    key: torch.zeros_like(partition)
+                    if isinstance(value, Tensor) and value.ndim > 0
+                    else deepcopy(value)
+                    for key, value in states[0].items()
+                }
         _link(zero)
-        for name, values in zip(names, states, strict=True):
-            for key, value in values.items():
-                if isinstance(value, Tensor) and value.ndim > 0:
-                    _set_part(parameters[name], value, key)
+        with SwappedParts(model, changed=True) as swapped:
+            for name, values in zip(names, states, strict=True):
+                for key, value in values.items():
+                    if isinstance(value, Tensor) and value.ndim > 0:
+                        _set_part(parameters[name], value, key, swapped)
 
 
 def _partitions(zero: Any, base: Any, group: dict[str, Any]) -> list[Tensor]:
@@ -147,7 +164,7 @@ def _link(zero: Any) -> None:
                     parameter._hp_mapping.set_optim_state_fragment(partition, zero.optimizer.state[partition])
 
 
-def _set_part(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+def _set_part(parameter: nn.Parameter, value: Tensor, key: str | None, swapped: SwappedParts) -> None:
     """This rank's part of the fp32 parameter, or of a state of it."""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
@@ -163,12 +180,14 @@ def _set_part(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         )
         return
     # DeepSpeed's own function for the whole parameter forgets the padding of the last rank's part.
-    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
+    size, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank()  # type: ignore[attr-defined]
     flat = value.to(parameter.ds_tensor.device).flatten()  # type: ignore[attr-defined]
     part = torch.zeros(size, dtype=flat.dtype, device=flat.device)
     mine = flat[size * rank : size * (rank + 1)]
     part[: len(mine)] = mine
-    if key is None:
+    if swapped.used:
+        swapped.part(parameter, key).copy_(part)
+    elif key is None:
         safe_set_local_fp32_param(parameter, part)
     else:
         safe_set_local_optimizer_state(parameter, part, key)

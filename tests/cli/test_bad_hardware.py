@@ -71,6 +71,10 @@ STRATEGY = {
         ["-c", "strategies/zero2", "--trainer.strategy.offload_parameters", "true"],
         "strategy.offload_parameters: needs stage 3",
     ),
+    "states in files, and no folder": (
+        ["-c", "strategies/zero3", "--trainer.strategy.offload_optimizer", "nvme"],
+        "strategy.nvme_path: is needed with nvme",
+    ),
     "hybrid shards": (
         ["-c", "strategies/fsdp1", "--trainer.strategy.sharding_strategy", "HYBRID_SHARD"],
         "HYBRID_SHARD is for machines with GPUs",

@@ -78,6 +78,7 @@ OPTIONS: dict[str, Any] = {
     "fsdp2-prefetch": lambda: ShardedStrategy(prefetch=2),
     "fsdp1-prefetch": lambda: FSDP1Strategy(forward_prefetch=True),
     "tp-prefetch": lambda: ShardedStrategy(tensor_parallel=2, prefetch=1),
+    "zero": lambda **arguments: ZeroStrategy(**arguments),
 }
 """Not in the tables: they change when something is done, not what."""
 
@@ -107,7 +108,8 @@ class Record(Callback):
 
 
 def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
-    strategy = (STRATEGIES | OPTIONS)[cell["strategy"]]()
+    arguments = cell.get("arguments", {})
+    strategy = (STRATEGIES | OPTIONS)[cell["strategy"]](**arguments)
     # Ranks that share the same rows.
     sharing = strategy.tensor_parallel * strategy.context_parallel if isinstance(strategy, ShardedStrategy) else 1
     accumulate = 2
@@ -154,10 +156,14 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     if cell.get("save"):
         writer = CheckpointWriter(sharded=cell.get("sharded", False), asynchronous=False)
         writer.begin(trainer, cell["save"])
+    swapped = Path(arguments["nvme_path"]) if "nvme_path" in arguments else None
+    files = {str(f.relative_to(swapped)): f.stat().st_size for f in swapped.rglob("*.swp")} if swapped else {}
+    parts = [p.ds_tensor for p in module.parameters() if hasattr(p, "ds_tensor")]
+    absent = sum(part.ds_numel for part in parts if part.numel() < part.ds_numel)
     weights = trainer.strategy.lightning_module_state_dict()
     whole = {name: value.clone() for name, value in weights.items()}
     kept = {"losses": record.losses, "norms": record.norms, "tokens": record.tokens, "balance": record.balance}
-    return kept | {"weights": whole}
+    return kept | {"weights": whole, "files": files, "absent": absent}
 
 
 def main(cells: list[dict[str, Any]], out: Path) -> None:
