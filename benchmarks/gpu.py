@@ -3,7 +3,8 @@
 ``python -m benchmarks.gpu --work FOLDER [--out FOLDER] [--cases a,b] [--seconds 540] [--tiny] [--device cpu]``
 
 Each case is a process with a time limit of its own. After each, ``gpu.json`` and ``gpu.md`` are written, so that a run
-that is cut off leaves what it had; a later one with the same ``--work`` goes on and keeps what is there. Needs no data.
+that is cut off leaves what it had; a later one with the same ``--work`` goes on with the cases that are not done. It
+needs no data.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def main(words: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     report = load(work / "gpu.json", options.tiny, options.device)
     report["machine"] = harness.machine() | {"gpu": gpu_name()}
-    chosen = [CASES[name] for name in options.cases or CASES]
+    done = [name for name, result in report["cases"].items() if result["status"] == "done"]
+    chosen = [CASES[name] for name in options.cases or CASES if options.cases or name not in done]
 
     def left() -> float:
         return options.seconds - (time.perf_counter() - began)
@@ -68,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for weights (16 GB), runs and logs")
     parser.add_argument("--out", type=Path, help="folder that also gets gpu.json, gpu.md and the logs of failed cases")
-    parser.add_argument("--cases", type=cases_of, help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("--cases", type=cases_of, help=f"of {', '.join(CASES)}; default: all not done")
     parser.add_argument("--seconds", type=float, default=1e9, help="no case goes on for longer, counted from now")
     parser.add_argument("--tiny", action="store_true", help="models of no size: does everything run?")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -65,7 +65,7 @@ def _pretrain(name: str, *words: str, limit: float, needs: tuple[str, ...] = ())
 
 def _strategy(name: str, *needs: str) -> Case:
     words = () if name == "single" else ("-c", f"strategies/{name}", "--trainer.devices", "1")
-    return Case(name, "recipe", "strategies", "small", words, steps=6, warmup=2, limit=75, needs=needs)
+    return Case(name, "recipe", "strategies", "small", words, steps=6, warmup=2, limit=100, needs=needs)
 
 
 _ALL = (

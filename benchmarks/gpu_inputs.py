@@ -114,7 +114,7 @@ def write_texts(work: Path, tiny: bool, device: str) -> None:
 
 
 def write_weights(work: Path) -> None:
-    """``model-8b/``: normal weights of the config's spread from a seed, in files of ``SHARD`` bytes, and a tokenizer."""
+    """``model-8b/``: normal weights of the config's spread, from a seed, in files of ``SHARD`` bytes; a tokenizer."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM

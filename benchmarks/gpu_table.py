@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.gpu_cases import CASES
 
 TITLES = {
-    "pretrain": "Pre-training, 1.24 B Llama, rows of 2,048, micro-batch 4, bf16-mixed, without activation checkpointing",
+    "pretrain": "Pre-training, 1.24 B Llama, rows of 2,048, micro-batch 4, bf16-mixed, without checkpointing",
     "lora": "LoRA (rank 16, all linear layers) on 8 B in bf16, rows of 2,048, micro-batch 1, without checkpointing",
     "qlora": "QLoRA (nf4, scales quantized too) on 8 B, rows of 2,048, micro-batch 1, without checkpointing",
     "checkpointed": "LoRA on 8 B in bf16, rows of 2,048, micro-batch 8, with activation checkpointing",
@@ -30,7 +30,7 @@ def markdown(report: dict[str, Any]) -> str:
         if rows:
             lines += [f"\n### {title}\n", _HEAD, _RULE]
             lines += [_row(name, cases) for name in rows]
-    lines.append("\nSeconds are of the whole process, loading included; the loss and memory those of its training steps.")
+    lines.append("\nSeconds are of the whole process, loading included; loss and memory those of its training.")
     return "\n".join(lines) + "\n"
 
 

@@ -52,9 +52,7 @@ class BenchmarkError(Exception):
     """A comparison that may not be reported."""
 
 
-def run_side(
-    side: Side, work: Path, *, tag: str, steps: int, check: bool = False, limit: float | None = None
-) -> Run:
+def run_side(side: Side, work: Path, *, tag: str, steps: int, check: bool = False, limit: float | None = None) -> Run:
     """One process of one side.
 
     Args:

@@ -80,6 +80,9 @@ class Recorder:
         register_optimizer_step_post_hook(lambda *_: self.tick())
 
     def tick(self) -> None:
+        if self.check and not self._tokens and len(self.ticks) > 1:
+            self.ticks[-1] = self._now()  # DeepSpeed's optimizer holds the config's: both step in one step
+            return
         self.ticks.append(self._now())
         if self.check:
             tokens = torch.cat(self._tokens) if self._tokens else torch.empty(0, dtype=torch.int64)
