@@ -101,7 +101,11 @@ class Recorder:
         self._tokens.clear()
         self.facts["built_mib"] = resident_mib()
         self.facts["parameters"] = sum(p.numel() for p in model.parameters())
-        self.facts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.facts["trained_parameters"] = sum(
+            getattr(p, "ds_numel", p.numel())  # DeepSpeed leaves parameters that it has spread without their shapes
+            for p in model.parameters()
+            if p.requires_grad
+        )
         self.facts["parameter_dtypes"] = sorted({str(p.dtype) for p in model.parameters()})
         if self.check:
             embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
