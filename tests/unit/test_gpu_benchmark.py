@@ -41,7 +41,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     models = {case.model: {"batch": 2, "sequence": 64} for case in CASES.values()}
     (work / "settings.json").write_text(json.dumps({"tiny": True, "device": "cuda", "models": models}))
 
-    def side_of(case: Case, python: str, device: str) -> harness.Side:
+    def side_of(case: Case, python: str, device: str, work: Path) -> harness.Side:
         return harness.Side(case.name, "pretended_side", (case.name,), case.steps, case.warmup)
 
     monkeypatch.setattr(gpu, "side_of", side_of)
