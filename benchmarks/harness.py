@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,11 +52,14 @@ class BenchmarkError(Exception):
     """A comparison that may not be reported."""
 
 
-def run_side(side: Side, work: Path, *, tag: str, steps: int, check: bool = False) -> Run:
+def run_side(side: Side, work: Path, *, tag: str, steps: int, check: bool = False, limit: float | None = None) -> Run:
     """One process of one side.
 
+    Args:
+        limit: seconds after which it is ended, with what it started.
+
     Raises:
-        BenchmarkError: it failed, or trained fewer steps than asked for.
+        BenchmarkError: it failed, took too long, or trained fewer steps than asked for.
     """
     out = work / f"{side.name}-{tag}.json"
     out.unlink(missing_ok=True)
@@ -62,8 +67,9 @@ def run_side(side: Side, work: Path, *, tag: str, steps: int, check: bool = Fals
     command += ["--work", str(work), "--out", str(out), "--steps", str(steps)] + (["--check"] if check else [])
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"} | side.environment
     log = out.with_suffix(".log")
-    with log.open("w") as stream:
-        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode
+    status = run_logged(command, environment, log, limit)
+    if status is None:
+        raise BenchmarkError(f"{side.name} took more than {limit:.0f} s (log {log})")
     if status or not out.exists():
         tail = "\n".join(log.read_text().splitlines()[-15:])
         raise BenchmarkError(f"{side.name} failed (status {status}, log {log}):\n{tail}")
@@ -71,6 +77,23 @@ def run_side(side: Side, work: Path, *, tag: str, steps: int, check: bool = Fals
     if len(data["ticks"]) != steps + 1:
         raise BenchmarkError(f"{side.name} made {len(data['ticks']) - 1} optimizer steps instead of {steps}")
     return data
+
+
+def run_logged(command: list[str], environment: dict[str, str], log: Path, limit: float | None) -> int | None:
+    """Exit status; None: it was ended because it took longer than ``limit`` seconds."""
+    with log.open("w") as stream:
+        # A session of its own: compilers and data workers that it started end with it.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def check_sides(sides: list[Side], work: Path, *, steps: int = 4, tolerance: float = 0.02) -> dict[str, Run]:
@@ -189,7 +212,10 @@ def _ratio(spread: dict[str, float]) -> str:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on, and with what."""
-    packages = ("torch", "lightning", "transformers", "trl", "accelerate", "datasets", "tokenizers", "litgpt")
+    packages = (
+        *("torch", "lightning", "transformers", "trl", "accelerate", "datasets", "tokenizers", "litgpt"),
+        *("peft", "bitsandbytes", "torchao", "deepspeed", "triton"),
+    )
     versions = {}
     for package in packages:
         try:
@@ -201,7 +227,8 @@ def machine() -> dict[str, Any]:
     cpu = (
         f"{about.get('model name', platform.processor())}, family {about.get('cpu family')} model {about.get('model')}"
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout if shutil.which("git") else ""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu,
@@ -210,7 +237,7 @@ def machine() -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit.stdout.strip(),
+        "commit": commit.strip(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
     }
 

@@ -41,10 +41,13 @@ class Rows(DataModule):
         return DataLoader(self.rows[:1], batch_size=1)
 
 
-def convert(model: Path, out: Path) -> Config:
-    """The Hugging Face folder of all sides as litgpt's checkpoint."""
-    hf = json.loads((model / "config.json").read_text())
-    config = Config(
+def litgpt_config(hf: dict[str, Any]) -> Config:
+    """litgpt's config of a Llama, from that of a Hugging Face folder."""
+    rope = hf["rope_parameters"]
+    scaled = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
+    scaled |= {"original_max_position_embeddings": "original_max_seq_len"}
+    adjustments = {ours: rope[theirs] for theirs, ours in scaled.items()} if rope["rope_type"] == "llama3" else None
+    return Config(
         name="bench",
         hf_config={},
         block_size=hf["max_position_embeddings"],
@@ -61,8 +64,14 @@ def convert(model: Path, out: Path) -> Config:
         norm_class_name="RMSNorm",
         norm_eps=hf["rms_norm_eps"],
         mlp_class_name="LLaMAMLP",
-        rope_base=int(hf["rope_parameters"]["rope_theta"]),
+        rope_base=int(rope["rope_theta"]),
+        rope_adjustments=adjustments,
     )
+
+
+def convert(model: Path, out: Path) -> Config:
+    """The Hugging Face folder of all sides as litgpt's checkpoint."""
+    config = litgpt_config(json.loads((model / "config.json").read_text()))
     weights: dict[str, torch.Tensor] = {}
     source = load_file(model / "model.safetensors")
     source.setdefault("lm_head.weight", source["model.embed_tokens.weight"])

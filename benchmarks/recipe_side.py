@@ -31,15 +31,8 @@ def fit(
     *overrides: str,
 ) -> None:
     """Runs ``recipes fit -c RECIPE`` on the common model, rows and settings, in this process."""
-    import recipes.cli  # noqa: F401 - counted as import
-    from recipes.__main__ import main
-
-    runs = work / f"runs-{recorder.out.stem}"
-    shutil.rmtree(runs, ignore_errors=True)
-    _recorders.append(recorder)
-    recorder.start()
     words = [
-        *("fit", "-c", str(Path(__file__).parent / f"{recipe}.yaml"), "--runs_dir", str(runs)),
+        *("-c", str(Path(__file__).parent / f"{recipe}.yaml")),
         *("--tokenizer", str(work / "model"), "--sequence_length", str(settings["sequence"])),
         *("--model.init_args.backbone.source", str(work / "model")),
         *("--model.init_args.optimizer.init_args.lr", str(settings["lr"])),
@@ -52,8 +45,23 @@ def fit(
         *("--trainer.callbacks", "[{class_path: benchmarks.recipe_side.Watch}]"),
         *overrides,
     ]
-    if status := main(words):
+    recorder.finish([float(row["train/loss"]) for row in run(work, recorder, words)])
+
+
+def run(work: Path, recorder: Recorder, words: list[str]) -> list[dict[str, str]]:
+    """``recipes fit WORDS`` in this process, with the clocks read; the trainer's callbacks must hold ``Watch``.
+
+    Returns:
+        The rows of its metrics.csv that have a training loss.
+    """
+    import recipes.cli  # noqa: F401 - counted as import
+    from recipes.__main__ import main
+
+    runs = work / f"runs-{recorder.out.stem}"
+    shutil.rmtree(runs, ignore_errors=True)
+    _recorders.append(recorder)
+    recorder.start()
+    if status := main(["fit", *words, "--runs_dir", str(runs)]):
         raise SystemExit(status)
     with next(runs.rglob("metrics.csv")).open() as stream:
-        losses = [float(row["train/loss"]) for row in csv.DictReader(stream) if row.get("train/loss")]
-    recorder.finish(losses)
+        return [row for row in csv.DictReader(stream) if row.get("train/loss")]

@@ -7,6 +7,7 @@ on the embedding and on the losses show what was trained on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -32,12 +33,15 @@ def peak_mib() -> float:
 
 
 def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    """Count the peak from now on, where the system lets a process do so."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status(key: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line for line in lines if line.startswith(key + ":")).split()[1]) / 1024
+    found = next((line.split()[1] for line in lines if line.startswith(key + ":")), "nan")
+    return float(found) / 1024
 
 
 @dataclass
@@ -76,10 +80,13 @@ class Recorder:
         register_optimizer_step_post_hook(lambda *_: self.tick())
 
     def tick(self) -> None:
+        if self.check and not self._tokens and len(self.ticks) > 1:
+            self.ticks[-1] = self._now()  # DeepSpeed's optimizer holds the config's: both step in one step
+            return
         self.ticks.append(self._now())
         if self.check:
             tokens = torch.cat(self._tokens) if self._tokens else torch.empty(0, dtype=torch.int64)
-            self.rows.append(hashlib.sha256(tokens.sort().values.numpy().tobytes()).hexdigest()[:16])
+            self.rows.append(hashlib.sha256(tokens.cpu().sort().values.numpy().tobytes()).hexdigest()[:16])
             self._tokens.clear()
 
     def watch(self, model: nn.Module) -> None:
@@ -88,10 +95,17 @@ class Recorder:
 
         The hash of a step is that of its *sorted* tokens: it is the same for padded and for packed rows.
         """
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         self.ticks, self.rows = [self._now()], []
         self._tokens.clear()
         self.facts["built_mib"] = resident_mib()
         self.facts["parameters"] = sum(p.numel() for p in model.parameters())
+        self.facts["trained_parameters"] = sum(
+            getattr(p, "ds_numel", p.numel())  # DeepSpeed leaves parameters that it has spread without their shapes
+            for p in model.parameters()
+            if p.requires_grad
+        )
         self.facts["parameter_dtypes"] = sorted({str(p.dtype) for p in model.parameters()})
         if self.check:
             embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
@@ -106,6 +120,9 @@ class Recorder:
         """Write the file. ``losses``: those that the side logged, in order."""
         self.losses = losses
         self.facts["peak_mib"] = self.ticks[-1].peak  # of training; what is saved afterwards is not compared
+        if torch.cuda.is_available():
+            self.facts["device_allocated_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            self.facts["device_reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
         self.facts["threads"] = torch.get_num_threads()
         self.facts["torch"] = torch.__version__
         data = {"ticks": [asdict(t) for t in self.ticks], "rows": self.rows, "losses": losses, "facts": self.facts}
@@ -115,5 +132,7 @@ class Recorder:
 
     @staticmethod
     def _now() -> Tick:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a step has ended when the device has done it
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return Tick(time.perf_counter(), usage.ru_utime + usage.ru_stime, peak_mib())

@@ -30,7 +30,7 @@ from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
 from llm_modules.schedules import RunSchedule
 from llm_modules.strategies import spread
-from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm
+from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm, unscale_gradients
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone, CausalLM, describe_difference, save_adapted
 
@@ -281,6 +281,7 @@ class LLMModule(LightningModule):
         norm, self.gradient_norm = self.gradient_norm, None
         if self.trainer.strategy.handles_gradient_accumulation:
             return  # DeepSpeed clips in its own step
+        unscale_gradients(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
         if norm is None:
             norm = gradient_norm(optimizer, getattr(self.trainer.strategy, "shard_group", None))
         self.log("train/grad_norm", norm, on_step=True, on_epoch=False)

@@ -16,9 +16,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     data = os.environ.get("LITRECIPES_DATA")
     for item in items:
-        if "data" in item.keywords and not (data and Path(data).is_dir()):
+        # Not `in item.keywords`: these hold the names of folders too, that of the checkout among them.
+        if item.get_closest_marker("data") and not (data and Path(data).is_dir()):
             item.add_marker(pytest.mark.skip(reason="needs real data: set LITRECIPES_DATA to its folder"))
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             import torch
 
             if not torch.cuda.is_available():

@@ -65,6 +65,18 @@ def clip_gradients(optimizer: Optimizer, limit: float, norm: Tensor) -> None:
         torch._foreach_mul_(local, factor.to(local[0].device))
 
 
+def unscale_gradients(optimizer: Optimizer, scaler: Any | None) -> None:
+    """Take fp16's loss scale out of the gradients where that is still to be done: before a norm is taken of them.
+
+    Lightning leaves it to optimizers that can do so inside their step (fused ones), and refuses to clip these.
+
+    Args:
+        scaler: of the precision; None: there is no loss scale.
+    """
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)  # the step sees that it was done
+
+
 def allow_mixed_layouts(optimizer: Optimizer) -> None:
     """Step parameter by parameter where they are of several layouts: torch's fused steps want all of one kind."""
     layouts = {

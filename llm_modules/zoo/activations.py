@@ -72,10 +72,13 @@ def checkpoint_activations(hf: PreTrainedModel, how: Checkpointing) -> None:
 
 def kept_operators() -> list[Any]:
     """What selective checkpointing does not compute again: nearly all of a block's FLOPs."""
+    import torch.nn.attention.varlen  # (defines the operator)
+
     import llm_modules.zoo.attention  # noqa: F401  (defines the operator)
 
     aten = torch.ops.aten
     return [
+        aten._scaled_mm.default,  # in fp8
         aten.mm.default,
         aten.addmm.default,
         aten.bmm.default,
@@ -84,6 +87,7 @@ def kept_operators() -> list[Any]:
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.torch_attn._varlen_attn.default,
         torch.ops.litrecipes.document_attention.default,
     ]
 

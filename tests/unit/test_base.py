@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from llm_modules.data import TextDataModule
 from llm_modules.language_model import LanguageModelModule
 from llm_modules.schedules import WarmupCosine
+from llm_modules.strategies.gradients import clip_gradients, gradient_norm, unscale_gradients
 from llm_modules.zoo import Backbone
 
 LLAMA = {
@@ -89,6 +90,23 @@ def test_train_loss_is_the_window_mean_and_tokens_are_counted(rows: Path) -> Non
         expected = sum(loss for loss, _, _ in pair) / sum(count for _, count, _ in pair)
         assert record.logged[2 * step + 1]["train/loss"] == pytest.approx(expected, rel=1e-5)
     assert model.tokens_seen == sum(batch.input_ids.numel() - batch.padding for _, _, batch in seen)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_scale_is_taken_out_before_clipping(fused: bool) -> None:
+    """Fused optimizers do so inside their step, which is too late."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([weight], fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((weight * torch.tensor([3.0, 0.0, 4.0])).sum()).backward()
+    if not fused:  # as Lightning does
+        scaler.unscale_(optimizer)
+    unscale_gradients(optimizer, scaler)
+    norm = gradient_norm(optimizer)
+    clip_gradients(optimizer, 1.0, norm)
+    scaler.step(optimizer)
+    assert float(norm) == 5.0
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"], torch.tensor([0.06, 0.0, 0.08]))
 
 
 def test_clipping_scales_to_the_norm_and_logs_the_norm_before(rows: Path) -> None:
