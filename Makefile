@@ -47,7 +47,7 @@ test-fast: $(DEV_STAMP) ## without the slow ones
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 test-cluster: $(DEV_STAMP) ## every strategy on 1, 2 and 4 processes; a real Slurm of two nodes (as root)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m cluster $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

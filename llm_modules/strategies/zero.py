@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.ddp import DDPStrategy
+from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -133,10 +134,19 @@ class ZeroStrategy(DeepSpeedStrategy):
         return engine, zero
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """For validate, test and predict. (Lightning tells DeepSpeed the index of a device, which a CPU has not.)"""
+        import deepspeed
+
+        assert isinstance(self.config, dict)
         if self.nvme_path is not None:
-            assert isinstance(self.config, dict)
             prepare_weights(self.config, model, self.world_size)
-        super()._initialize_deepspeed_inference(model)
+        config = {"train_micro_batch_size_per_gpu": 1}  # which is asked for, and used to train only
+        kept = ["fp16", "bf16"] + ["zero_optimization", "zero_allow_untested_optimizer"] * self.spreads_weights
+        config |= {key: self.config[key] for key in kept if key in self.config}
+        remove_module_hooks(model)  # of the fit before it
+        self.model, _, _, _ = deepspeed.initialize(
+            config=config, model=model, model_parameters=[], dist_init_required=False
+        )
 
     # --- weights
 

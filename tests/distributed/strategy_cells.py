@@ -125,7 +125,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         "sources": [{"path": cell["rows"]}],
         "batch_size": ROWS_PER_STEP // (accumulate * max(1, world // sharing)),
         "packing": cell.get("packing", "batch"),
-        "validation_fraction": 0.0,
+        "validation_fraction": 0.3 if cell.get("validate") else 0.0,
         "tokenizer": "builtin:bytes",
         "sequence_length": 128,
         "seed": 1,
@@ -148,10 +148,12 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         logger=False,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
-        limit_val_batches=0,
+        limit_val_batches=1.0 if cell.get("validate") else 0,
         plugins=[AtomicCheckpointIO()],
         callbacks=[Throughput(), record],
     )
+    if cell.get("validate"):
+        return {"losses": [trainer.validate(module, datamodule=data, verbose=False)[0]["val/loss"]]}
     trainer.fit(module, datamodule=data, ckpt_path=cell.get("resume"))
     if cell.get("save"):
         writer = CheckpointWriter(sharded=cell.get("sharded", False), asynchronous=False)

@@ -127,6 +127,18 @@ def test_every_strategy_trains_what_one_process_trains(
     check_table(f"{world} process{'es' if world > 1 else ''}", table)
 
 
+def test_every_strategy_validates_what_one_process_does(launches: Launches) -> None:
+    """Without a fit before it, which strategies set the model up for in another way."""
+    names = [name for name in STRATEGIES if name not in ("single", "tp-context", *ON_FOUR)]
+    cells = [launches.cell(name, "SFT with LoRA", 2, validate=True) for name in names]
+    results = launches.run(cells)
+    alone = launches.cell("single", "SFT with LoRA", 1, validate=True)
+    (expected,) = launches.run([alone])[alone["name"]]["losses"]
+    assert expected > 1
+    for cell in cells:
+        assert results[cell["name"]].get("losses") == [pytest.approx(expected, abs=LOSS)], cell
+
+
 ON_FOUR = ("fsdp2-context",)
 """On two it would be context."""
 
