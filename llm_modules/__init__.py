@@ -6,9 +6,9 @@
 from importlib import import_module
 from typing import Any
 
-_MODULES = {"LanguageModelModule": "language_model", "LLMModule": "base"}
+_MODULES = {"LanguageModelModule": "language_model", "LLMModule": "base", "PreferenceModule": "preference"}
 
-__all__ = ["LLMModule", "LanguageModelModule"]
+__all__ = ["LLMModule", "LanguageModelModule", "PreferenceModule"]
 
 
 def __getattr__(name: str) -> Any:

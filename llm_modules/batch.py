@@ -77,6 +77,34 @@ class TokenBatch:
         return replace(self, **changed)
 
 
+@dataclass
+class PreferenceBatch(TokenBatch):
+    """One micro-batch of pairs of answers: documents (or padded rows) 2i and 2i + 1 are a prompt with its chosen answer
+    and the same prompt with its rejected one; the labels are those of the answers.
+
+    Attributes:
+        pairs: P, how many there are.
+    """
+
+    pairs: int = 0
+
+    def answer_of(self, index: Tensor) -> Tensor:
+        """(M,) the document (or row) that each place of the flattened batch lies in."""
+        import torch
+
+        if self.document_offsets is None:
+            return index // self.input_ids.shape[1]
+        return torch.bucketize(index, self.document_offsets[1:].to(index.dtype), right=True)
+
+    def counts(self) -> dict[str, float]:
+        from llm_modules.logprobs import next_token_targets
+
+        targets = next_token_targets(self.labels, self.position_ids).flatten()
+        places = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+        chosen = float((self.answer_of(places) % 2 == 0).sum())
+        return super().counts() | {"pairs": float(self.pairs), "tokens_chosen": chosen}
+
+
 class CountedBatch(Protocol):
     """What the windowed loader needs of a batch, whatever its step shape."""
 
@@ -108,6 +136,23 @@ class TokenScores(NamedTuple):
     mean_logprob: Tensor | None = None
     router_load: Tensor | None = None
     router_probability: Tensor | None = None
+
+
+class PairScores(NamedTuple):
+    """What a model, and a reference, say of the answers of P pairs; log-probabilities in fp64, summed over tokens.
+
+    Attributes:
+        chosen, rejected: (P,) log p(answer | prompt).
+        chosen_tokens, rejected_tokens: (P,) tokens of the answers.
+        reference_chosen, reference_rejected: (P,) the reference's, without a graph; None: there is none.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    reference_chosen: Tensor | None = None
+    reference_rejected: Tensor | None = None
 
 
 @dataclass

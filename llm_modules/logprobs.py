@@ -37,6 +37,17 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask.bool(), 0).sum()
 
 
+def sums_by_answer(values_M: Tensor, answer_M: Tensor, answers: int) -> tuple[Tensor, Tensor]:
+    """Of each answer the sum of its tokens' values, and how many they are; both (answers,) fp64: an answer's
+    log-probability is some hundreds, of which the difference between two models is a small part.
+
+    Args:
+        answer_M: (M,) int64 the answer that each token belongs to.
+    """
+    sums = values_M.new_zeros(answers, dtype=torch.float64).index_add(0, answer_M, values_M.double())
+    return sums, torch.bincount(answer_M, minlength=answers).to(sums)
+
+
 @dataclass(frozen=True)
 class HeadTransform:
     """What a model does to ``hidden @ weight.T + bias`` before the softmax: first the scale, then the soft-cap.

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from llm_modules.data.audit import AuditReport
     from llm_modules.data.datamodules import ConversationDataModule, TextDataModule
     from llm_modules.data.loading import EvaluationLoader, WindowLoader
+    from llm_modules.data.preference_datamodule import PreferenceDataModule
     from llm_modules.data.sources import Source
     from llm_modules.data.token_datamodule import TokenDataModule
 
@@ -15,6 +16,7 @@ _HOME = {
     "AuditReport": "audit",
     "ConversationDataModule": "datamodules",
     "TextDataModule": "datamodules",
+    "PreferenceDataModule": "preference_datamodule",
     "TokenDataModule": "token_datamodule",
     "EvaluationLoader": "loading",
     "WindowLoader": "loading",
@@ -25,6 +27,7 @@ __all__ = [
     "AuditReport",
     "ConversationDataModule",
     "EvaluationLoader",
+    "PreferenceDataModule",
     "Source",
     "TextDataModule",
     "TokenDataModule",

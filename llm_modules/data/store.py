@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 META = "meta.json"
+SPLITS = "splits.npy"
 ARRAYS = {"lengths": np.int64, "sizes": np.int64, "hashes": np.uint64, "groups": np.uint64, "places": np.int64}
 
 
@@ -31,6 +32,8 @@ class Encoded:
         groups: (D,) uint64, the same for documents that must fall on one side of the split.
         places: (D, 2) int64 number of the file, and number of the row in it.
         counts: name of a thing that was counted -> how often (for the audit).
+        splits: (D,) int64, of documents that are two sequences one after another, where the second begins; None: they
+            are one.
     """
 
     tokens: NDArray[np.uint32]
@@ -41,13 +44,15 @@ class Encoded:
     groups: NDArray[np.uint64]
     places: NDArray[np.int64]
     counts: dict[str, int] = field(default_factory=dict)
+    splits: NDArray[np.int64] | None = None
 
 
 class TokenStore:
     """The documents of one source.
 
     Attributes:
-        lengths, sizes, hashes, groups, places: see `Encoded`; offsets: (D + 1,) int64 where each document starts.
+        lengths, sizes, hashes, groups, places, splits: see `Encoded`.
+        offsets: (D + 1,) int64 where each document starts.
         meta: what is known of the whole: files, counts.
     """
 
@@ -61,6 +66,9 @@ class TokenStore:
         self.places: NDArray[np.int64] = np.load(folder / "places.npy", mmap_mode="r")
         self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(self.lengths)])
         self.tokens: NDArray[Any] = np.memmap(folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")
+        self.splits: NDArray[np.int64] | None = None
+        if (folder / SPLITS).is_file():
+            self.splits = np.load(folder / SPLITS, mmap_mode="r")
         self.trained: NDArray[np.bool_] | None = None
         if self.meta["masked"]:
             self.trained = np.memmap(folder / "trained.bin", dtype=np.bool_, mode="r")
@@ -93,6 +101,7 @@ def write_store(folder: Path, parts: Iterable[Encoded], *, vocabulary: int, file
     try:
         columns: dict[str, list[NDArray[Any]]] = {name: [] for name in ARRAYS}
         counts: dict[str, int] = {}
+        splits: list[NDArray[np.int64]] = []
         masked = False
         with (temporary / "tokens.bin").open("wb") as tokens, (temporary / "trained.bin").open("wb") as trained:
             for part in parts:
@@ -106,10 +115,13 @@ def write_store(folder: Path, parts: Iterable[Encoded], *, vocabulary: int, file
                     part.trained.astype(np.bool_).tofile(trained)
                 for name, arrays in columns.items():
                     arrays.append(getattr(part, name))
+                splits += [] if part.splits is None else [part.splits]
                 for name, count in part.counts.items():
                     counts[name] = counts.get(name, 0) + count
         for name, arrays in columns.items():
             np.save(temporary / f"{name}.npy", np.concatenate(arrays).astype(ARRAYS[name]))
+        if splits:
+            np.save(temporary / SPLITS, np.concatenate(splits))
         meta = {"dtype": dtype, "masked": masked, "files": files, "counts": counts}
         (temporary / META).write_text(json.dumps(meta, indent=1))
         _publish(temporary, folder)

@@ -125,6 +125,11 @@ class TokenDataModule(LightningDataModule):
         """(prompt, reference answer) of a row; the prompt is raw text, or chat messages to be rendered."""
         raise NotImplementedError
 
+    @property
+    def document_length(self) -> int:
+        """Tokens of a stored document at most."""
+        return self.sequence_length
+
     # Preparation
 
     @property
@@ -155,7 +160,7 @@ class TokenDataModule(LightningDataModule):
             part: [tokenize(source, encoder, self.cache_dir, self.tokenize_workers) for source in sources]
             for part, sources in self._parts().items()
         }
-        corpus = Corpus(stores, self.sequence_length, self.too_long)
+        corpus = Corpus(stores, self.document_length, self.too_long)
         if self.validation_sources is None:
             fraction = VALIDATION_FRACTION if self.validation_fraction is None else self.validation_fraction
             corpus.hold_out(fraction, self.seed, exempt=self._with_own_validation())

@@ -65,6 +65,7 @@ class BottleneckLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, width: int, config: BottleneckConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._disable_adapters = False  # peft's name: see CausalLM.as_base
         self.adapter_down = nn.Linear(width, config.size)
         self.adapter_up = nn.Linear(config.size, width)
         self.activation = _ACTIVATIONS[config.activation]()
@@ -75,6 +76,8 @@ class BottleneckLayer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         output_H = self.base_layer(hidden)
+        if self._disable_adapters:
+            return output_H
         inner_S = self.activation(self.adapter_down(output_H.to(self.adapter_down.weight.dtype)))
         return output_H + self.dropout(self.adapter_up(inner_S)).to(output_H.dtype)
 

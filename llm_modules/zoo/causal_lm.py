@@ -6,8 +6,8 @@ Shape legend: B rows, T positions, N = B * T, M trained positions, H hidden size
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +213,23 @@ class CausalLM(nn.Module):
         self.flops = replace(self.flops, trained=min(1.0, trained / self._description["parameters"]))
         self.routing = routing_of(self.hf)
         keep_trained_only(self)
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Inside, the model is what it was before its adapter, if that leaves the base as it is.
+
+        peft's own ``disable_adapter`` also changes what is trainable, which wrappers of the model rely on.
+        """
+        layers: list[Any] = [module for module in self.hf.modules() if hasattr(module, "_disable_adapters")]
+        virtual, self.virtual = self.virtual, None
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+            self.virtual = virtual
 
     def split_positions(self, group: Any, tensor: int = 1) -> None:
         """From now on each rank of a process group computes a slice of the same rows (see ``ContextParallel``).

@@ -1,0 +1,205 @@
+"""Pairs of answers, one preferred to the other: the formats they come in, and their tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llm_modules.data.conversation_encoding import ConversationEncoder
+from llm_modules.data.sources import Row
+from llm_modules.data.store import Encoded
+from llm_modules.data.tokenization import content_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+TooLongPair = Literal["truncate", "drop", "error"]
+
+_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+class Pair:
+    """A prompt and two answers to it.
+
+    Attributes:
+        prompt: messages, the last of them not the assistant's.
+        chosen, rejected: what the assistant says.
+    """
+
+    def __init__(self, prompt: list[Message], chosen: str, rejected: str) -> None:
+        self.prompt = prompt
+        self.chosen = chosen
+        self.rejected = rejected
+
+    def conversation(self, answer: str) -> list[Message]:
+        return [*self.prompt, {"role": "assistant", "content": answer}]
+
+
+def preference_pair(row: Row) -> Pair:
+    """The pair in a row: ``chosen`` and ``rejected`` as text beside a ``prompt`` (text) or ``messages``, as messages
+    that end with the answer (with or without what came before), or as dialogues in the style of hh-rlhf.
+
+    Raises:
+        ValueError: one line that names the file, the row and what is wrong with the pair.
+    """
+    columns = row.columns
+    if missing := [name for name in ("chosen", "rejected") if not columns.get(name)]:
+        there = ", ".join(map(str, columns)) or "none"
+        what = "an empty answer in" if missing[0] in columns else "no column"
+        raise ValueError(f"{row.origin}: {what} {missing[0]!r}; a pair needs chosen and rejected; columns: {there}")
+    before = _before(row)
+    sides = {name: _side(row, name) for name in ("chosen", "rejected")}
+    prompts = {
+        name: [*before, *messages[:-1]] if before and messages[:-1] != before else messages[:-1] or before
+        for name, messages in sides.items()
+    }
+    if prompts["chosen"] != prompts["rejected"]:
+        raise ValueError(
+            f"{row.origin}: the prompts of chosen and rejected differ; a pair is two answers to one prompt"
+        )
+    prompt, (chosen, rejected) = prompts["chosen"], (sides[name][-1]["content"] for name in ("chosen", "rejected"))
+    if not prompt:
+        raise ValueError(
+            f"{row.origin}: no prompt: chosen and rejected are texts, no dialogues (\\n\\nHuman: ...); a column prompt "
+            "or messages is needed (name it with `columns`)"
+        )
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError(f"{row.origin}: the prompt ends with the assistant; it must end with what is answered")
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer.strip():
+            raise ValueError(f"{row.origin}: the {name} answer is empty")
+    if chosen.strip() == rejected.strip():
+        raise ValueError(f"{row.origin}: chosen and rejected are the same; nothing can be learned from that")
+    return Pair(prompt, chosen, rejected)
+
+
+def _before(row: Row) -> list[Message]:
+    """What the row says comes before both answers."""
+    for name in ("messages", "prompt"):
+        value = row.columns.get(name)
+        if isinstance(value, str) and value.strip():
+            return [{"role": "user", "content": value}]
+        if isinstance(value, list) and value:
+            return _messages(row, name, value)
+    return []
+
+
+def _side(row: Row, name: str) -> list[Message]:
+    """Messages of which the last is the answer."""
+    value = row.columns[name]
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        messages = _messages(row, name, value)
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"{row.origin}: {name} ends with the {messages[-1]['role']}; it must end with the assistant"
+            )
+        return messages
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{row.origin}: {name} is of type {type(value).__name__}; a text or a list of messages is needed"
+        )
+    return dialogue(value) or [{"role": "assistant", "content": value}]
+
+
+def dialogue(text: str) -> list[Message]:
+    """The turns of a text in the style of hh-rlhf (``\\n\\nHuman: ...\\n\\nAssistant: ...``); none if it is not one."""
+    first = _TURN.match(text)
+    if first is None:
+        return []
+    parts = _TURN.split(text)[1:]
+    return [
+        {"role": _SPEAKERS[speaker], "content": said.strip()}
+        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _messages(row: Row, name: str, value: list[Any]) -> list[Message]:
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise ValueError(f"{row.origin}: {name}: message {number} is no object with 'role' and 'content'")
+    return [dict(message) for message in value]
+
+
+class PreferenceEncoder:
+    """A pair as two conversations of one stored document, the chosen one first; predicted are the last turns.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        sequence_length: tokens of a conversation at most.
+        too_long: what becomes of a pair with a longer one: ``truncate``: its end is cut off, unless nothing of the
+            answer would be left; ``drop``; ``error``.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, too_long: TooLongPair = "truncate"
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+        self.too_long: TooLongPair = too_long
+        self._conversations = ConversationEncoder(tokenizer, "messages", "last")
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "preference", "sequence_length": self.sequence_length, "too_long": self.too_long}
+
+    def __call__(self, rows: Sequence[Row]) -> Encoded:
+        pairs = [preference_pair(row) for row in rows]
+        both = [
+            row._replace(columns={"messages": pair.conversation(answer)}, mapped=frozenset())
+            for row, pair in zip(rows, pairs, strict=True)
+            for answer in (pair.chosen, pair.rejected)
+        ]
+        encoded = self._conversations(both)
+        assert encoded.trained is not None
+        tokens, trained, lengths, splits = [], [], [], []
+        counts = {**encoded.counts, "pairs longer than the sequence length": 0, "pairs dropped as too long": 0}
+        stops = np.cumsum(encoded.lengths)
+        starts = stops - encoded.lengths
+        for number, row in enumerate(rows):
+            parts = [slice(int(starts[i]), int(stops[i])) for i in (2 * number, 2 * number + 1)]
+            parts, drop = self._fitted(row, parts, encoded.trained, counts)
+            for part in parts:
+                tokens.append(encoded.tokens[part])
+                # Without a token to predict, the pair is left out when the parts are dealt.
+                trained.append(np.zeros(part.stop - part.start, dtype=np.bool_) if drop else encoded.trained[part])
+            splits.append(parts[0].stop - parts[0].start)
+            lengths.append(sum(part.stop - part.start for part in parts))
+        return Encoded(
+            tokens=np.concatenate(tokens),
+            trained=np.concatenate(trained),
+            lengths=np.array(lengths, dtype=np.int64),
+            sizes=encoded.sizes[::2] + encoded.sizes[1::2],
+            hashes=np.array([_pair_hash(pair) for pair in pairs], dtype=np.uint64),
+            groups=encoded.groups[::2].copy(),
+            places=np.array([(0, row.number) for row in rows], dtype=np.int64),
+            counts=counts,
+            splits=np.array(splits, dtype=np.int64),
+        )
+
+    def _fitted(
+        self, row: Row, parts: list[slice], trained: np.ndarray, counts: dict[str, int]
+    ) -> tuple[list[slice], bool]:
+        """The parts cut to the sequence length, and whether the pair is dropped."""
+        longest = max(part.stop - part.start for part in parts)
+        if longest <= self.sequence_length:
+            return parts, False
+        counts["pairs longer than the sequence length"] += 1
+        if self.too_long == "error":
+            raise ValueError(
+                f"{row.origin}: {longest} tokens, more than sequence_length {self.sequence_length} (data.too_long is "
+                "'error'; allowed too: truncate, drop)"
+            )
+        cut = [slice(part.start, min(part.stop, part.start + self.sequence_length)) for part in parts]
+        drop = self.too_long == "drop" or not all(trained[part][1:].any() for part in cut)
+        counts["pairs dropped as too long"] += drop
+        return cut, drop
+
+
+def _pair_hash(pair: Pair) -> int:
+    return content_hash(repr((pair.prompt, pair.chosen, pair.rejected)).encode())

@@ -1,0 +1,130 @@
+"""Floor 3: pairs of answers, scored by the policy and by a reference: preference tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from llm_modules.base import LLMModule
+from llm_modules.batch import ObjectiveOutput, PairScores, PreferenceBatch
+from llm_modules.generation import Generator
+from llm_modules.logprobs import next_token_targets, sums_by_answer
+from llm_modules.objectives.preference import DPO, PreferenceObjective
+from llm_modules.zoo import Backbone, CausalLM
+from llm_modules.zoo.adapter_config import changes_base
+
+Reference = Literal["auto", "base", "copy"]
+
+
+class PreferenceModule(LLMModule):
+    """Preference tuning: makes chosen answers likelier than rejected ones, held to a reference by the objective.
+
+    Args:
+        backbone: the model: where it comes from and how it is built.
+        objective: a function of the pairs' log-probabilities; None: ``DPO``.
+        optimizer: class of the optimizer (``class_path`` and its arguments).
+        schedule: class of the learning-rate schedule, stepped once per optimizer step; None: constant.
+        reference: what the objective compares with, where it needs that: ``base``: the model without its adapter (no
+            memory); ``copy``: a frozen copy of the model as the backbone describes it, whole on each device; ``auto``:
+            the base where there is an adapter that leaves it as it is, else a copy.
+        generator: how `predict` generates; None: greedy.
+        tokenizer: folder, hub id or ``builtin:bytes`` (set once, at the top of the recipe).
+        sequence_length: longest prompt with an answer in tokens (set once, at the top of the recipe).
+        seed: of random weights and dropout (``seed_everything``).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        objective: PreferenceObjective | None = None,
+        optimizer: Callable[[Iterable], Optimizer] = AdamW,
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        reference: Reference = "auto",
+        generator: Generator | None = None,
+        tokenizer: str = "builtin:bytes",
+        sequence_length: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, optimizer, schedule, tokenizer, sequence_length, seed)
+        if reference not in ("auto", "base", "copy"):
+            raise ValueError(f"model.reference: {reference!r} is not one of auto, base, copy")
+        self.objective = objective or DPO()
+        self.reference = reference
+        self.generator = generator or Generator()
+        # In a tuple, so that it is no submodule: neither trained, nor spread, nor in a checkpoint.
+        self._copy: tuple[CausalLM, ...] = ()
+
+    def configure_model(self) -> None:
+        built = self.model is not None
+        super().configure_model()
+        assert self.model is not None
+        if built or not self.objective.needs_reference:
+            return
+        adapter = self.model.adapter
+        if self.reference == "base" and (adapter is None or changes_base(adapter.config)):
+            why = "there is no adapter" if adapter is None else f"{adapter.kind} changes the base that it is put into"
+            raise ValueError(f"model.reference: base, but {why}; allowed: copy, auto")
+        if self.reference == "copy" or adapter is None or changes_base(adapter.config):
+            copy = self.backbone.build(sequence_length=self.sequence_length, **self._built_with())
+            self._copy = (copy.requires_grad_(False).eval(),)
+
+    def on_fit_start(self) -> None:
+        self._place_copy()
+
+    def on_validation_start(self) -> None:
+        self._place_copy()
+
+    def on_test_start(self) -> None:
+        self._place_copy()
+
+    def _place_copy(self) -> None:
+        for copy in self._copy:
+            copy.to(self.device)
+
+    def objective_step(self, batch: PreferenceBatch) -> ObjectiveOutput:
+        assert self.model is not None
+        sums, tokens = self._sums_of(self.model, batch)
+        scores = PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2])
+        if self.objective.needs_reference:
+            reference = self._reference_sums(batch)
+            scores = scores._replace(reference_chosen=reference[::2], reference_rejected=reference[1::2])
+        output = self.objective(scores)
+        for term in output.terms.values():
+            term.sum = term.sum.float()  # which loss scales and strategies expect
+        return output
+
+    def _sums_of(self, model: CausalLM, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """(2P,) log p(answer | prompt), the chosen and the rejected in turn, and the answers' tokens."""
+        scores = model(
+            batch.input_ids,
+            batch.position_ids,
+            next_token_targets(batch.labels, batch.position_ids),
+            batch.document_offsets,
+            batch.max_document,
+            lengths=batch.lengths,
+        )
+        return sums_by_answer(scores.logprobs, batch.answer_of(scores.index), 2 * batch.pairs)
+
+    @torch.no_grad()
+    def _reference_sums(self, batch: PreferenceBatch) -> Tensor:
+        assert self.model is not None
+        model = self._copy[0] if self._copy else self.model
+        training = model.training
+        model.eval()
+        try:
+            with nullcontext() if self._copy else self.model.as_base():
+                return self._sums_of(model, batch)[0]
+        finally:
+            model.train(training)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Completions of ``batch["prompts"]``, as rows of the predictions file."""
+        if getattr(self.trainer.strategy, "spreads_weights", False):
+            raise ValueError("predict: not while the strategy spreads the weights; use -c strategies/ddp or single")
+        return self.generator.predict(self.model, self.tokenizer, batch)

@@ -1,0 +1,190 @@
+"""Preference losses and gradients: those of TRL's DPOTrainer on the same weights, reference and pairs.
+
+TRL's side is in fp64: in fp32 its sums over tokens are too far from the truth to say something of 1e-6.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llm_modules.batch import PairScores
+from llm_modules.data import PreferenceDataModule
+from llm_modules.language_model import LanguageModelModule
+from llm_modules.objectives import APO, CPO, DPO, IPO, ORPO, SPPO, Hinge, PreferenceObjective, SimPO
+from llm_modules.preference import PreferenceModule
+from llm_modules.tokenizer import byte_tokenizer
+from llm_modules.zoo import Backbone
+from tests.parity.test_trl_sft import LLAMA, TEMPLATE
+
+PAIRS, LENGTH = 8, 96
+OBJECTIVES: dict[str, tuple[PreferenceObjective, dict[str, Any]]] = {
+    "DPO": (DPO(beta=0.1), {"loss_type": ["sigmoid"], "beta": 0.1}),
+    "robust": (DPO(0.1, 0.2, robust=True), {"loss_type": ["robust"], "beta": 0.1, "label_smoothing": 0.2}),
+    "by token": (DPO(beta=2.0, length_normalized=True), {"loss_type": ["sigmoid_norm"], "beta": 2.0}),
+    "hinge": (Hinge(beta=0.1), {"loss_type": ["hinge"], "beta": 0.1}),
+    "IPO": (IPO(beta=0.1), {"loss_type": ["ipo"], "beta": 0.1}),
+    "SPPO": (SPPO(beta=0.1), {"loss_type": ["sppo_hard"], "beta": 0.1}),
+    "APO zero": (APO(beta=0.1), {"loss_type": ["apo_zero"], "beta": 0.1}),
+    "APO down": (APO(beta=0.1, kind="down"), {"loss_type": ["apo_down"], "beta": 0.1}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``policy/`` and ``reference/`` (weights that differ, tokenizer with template) and ``rows.jsonl``."""
+    path = tmp_path_factory.mktemp("trl")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    for seed, name in enumerate(("policy", "reference"), 3):
+        made = LanguageModelModule(Backbone(config=LLAMA), sequence_length=LENGTH, seed=seed)
+        made.configure_model()
+        assert made.model is not None
+        with torch.no_grad():
+            for parameter in made.model.parameters():
+                parameter.mul_(1.5)
+        made.export(path / name)
+        tokenizer.save_pretrained(path / name)
+    words = "the quick brown fox jumps over a lazy dog and runs away".split()
+    rows = [
+        {
+            "prompt": f"{i}: " + " ".join(words[i % 7 :][: 1 + i % 3]),
+            "chosen": " ".join(words[i % 3 :][: 1 + (7 * i) % 5]) + f" {i}",
+            "rejected": " ".join(words[i % 5 :][: 1 + (3 * i) % 7]) + " no",
+        }
+        for i in range(PAIRS)
+    ]
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ours(folder: Path, objective: PreferenceObjective, packing: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    module = PreferenceModule(
+        Backbone(source=str(folder / "policy")),
+        objective,
+        tokenizer=str(folder / "policy"),
+        sequence_length=LENGTH,
+        reference="copy",
+    )
+    module.configure_model()
+    assert module.model is not None
+    if objective.needs_reference:
+        reference = Backbone(source=str(folder / "reference"))
+        built = reference.build(tokenizer=module.tokenizer, sequence_length=LENGTH, seed=0)
+        module._copy = (built.requires_grad_(False),)
+    data = PreferenceDataModule(
+        sources=[{"path": str(folder / "rows.jsonl")}],  # type: ignore[list-item]
+        tokenizer=str(folder / "policy"),
+        sequence_length=LENGTH,
+        batch_size=PAIRS,
+        validation_fraction=0.0,
+        packing=packing,  # type: ignore[arg-type]
+        cache_dir=str(folder / "cache"),
+    )
+    data.prepare_data()
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert batch.pairs == PAIRS
+    counts = batch.counts()
+    output = module.objective_step(batch)
+    loss = sum(term.weight * term.sum / counts[term.count] for term in output.terms.values())
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in module.model.hf.named_parameters() if p.grad is not None}
+
+
+def theirs(folder: Path, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    messages = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        | {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+        for row in rows
+    ]
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64),
+        ref_model=AutoModelForCausalLM.from_pretrained(folder / "reference", dtype=torch.float64),
+        args=DPOConfig(
+            output_dir=str(folder / "peer"),
+            max_length=LENGTH,
+            per_device_train_batch_size=PAIRS,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            **arguments,
+        ),
+        train_dataset=datasets.Dataset.from_list(messages),
+        processing_class=AutoTokenizer.from_pretrained(folder / "policy"),
+    )
+    (batch,) = trainer.get_train_dataloader()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradient_are_those_of_trl(name: str, folder: Path) -> None:
+    pytest.importorskip("trl")
+    objective, arguments = OBJECTIVES[name]
+    expected, gradients = theirs(folder, arguments)
+    for packing in ("batch", "none"):
+        loss, found = ours(folder, objective, packing)
+        assert loss == pytest.approx(float(expected), rel=1e-6, abs=1e-6), packing
+        assert found.keys() == gradients.keys()
+        whole = torch.cat([g.flatten() for g in gradients.values()]).norm()
+        apart = torch.cat([(found[key] - g).flatten() for key, g in gradients.items()]).norm()
+        assert whole > 1e-3
+        assert apart <= 1e-5 * whole, packing
+
+
+def scores() -> PairScores:
+    generator = torch.Generator().manual_seed(0)
+    values = [-8 * torch.rand(6, generator=generator) - 0.01 for _ in range(4)]
+    tokens = [torch.randint(1, 9, (6,), generator=generator).float() for _ in range(2)]
+    return PairScores(values[0].requires_grad_(), values[1].requires_grad_(), *tokens, *values[2:])
+
+
+def test_losses_without_a_reference_are_trls_formulas() -> None:
+    pytest.importorskip("trl")
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
+    given = scores()
+    chosen, rejected = given.chosen / given.chosen_tokens, given.rejected / given.rejected_tokens
+    settings: dict[str, Any] = {"accelerator": SimpleNamespace(device="cpu"), "alpha": 0.0, "label_smoothing": 0.0}
+    simpo = SimpleNamespace(**settings, loss_type="simpo", beta=2.5, simpo_gamma=1.2)
+    torch.testing.assert_close(SimPO(2.5, 1.2).losses(given), CPOTrainer.cpo_loss(simpo, chosen, rejected)[0])
+    cpo = SimpleNamespace(**settings, loss_type="sigmoid", beta=0.4)
+    torch.testing.assert_close(CPO(0.4).losses(given), CPOTrainer.cpo_loss(cpo, given.chosen, given.rejected)[0])
+    orpo = SimpleNamespace(**settings, beta=1.0)
+    torch.testing.assert_close(ORPO(0.1).losses(given), -ORPOTrainer.odds_ratio_loss(orpo, chosen, rejected)[0])
+
+
+def test_conservative_dpo_by_hand() -> None:
+    """-(1 - e) log sigmoid(z) - e log sigmoid(-z), in double precision."""
+    given = scores()
+    found = DPO(beta=0.5, label_smoothing=0.1).losses(given)
+    z = 0.5 * ((given[0] - given[4]) - (given[1] - given[5])).detach().double()
+    expected = 0.9 * torch.log1p(torch.exp(-z)) + 0.1 * torch.log1p(torch.exp(z))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_certain_answer_has_finite_odds() -> None:
+    given = scores()
+    certain = given._replace(chosen=torch.zeros(6, requires_grad=True))
+    loss = ORPO().losses(certain).sum()
+    loss.backward()
+    assert loss.isfinite()
+    assert certain.chosen.grad is not None
+    assert certain.chosen.grad.isfinite().all()
