@@ -140,6 +140,7 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(say, tokenizer):
     model.train()
     completion, _ = pieces_of(Generator(max_new_tokens=40), model, tokenizer)
     assert (completion.text, completion.finish_reason) == ("hello", "interrupted")
+    assert model.training
 
 
 def test_an_interrupt_that_python_loses_ends_the_answer(say, tokenizer):
@@ -167,7 +168,6 @@ def test_an_interrupt_that_python_loses_ends_the_answer(say, tokenizer):
     assert completion.text == "".join(pieces)
     assert completion.text.rstrip() == "hello"
     assert signal.getsignal(signal.SIGINT) is before
-    assert model.training
 
 
 def test_the_model_is_left_as_it_was(say, tokenizer):
