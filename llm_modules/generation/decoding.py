@@ -33,7 +33,7 @@ from llm_modules.generation.completion import (
     first_stop,
     possible_stop,
 )
-from llm_modules.generation.processors import RepetitionPenalty, SeededSampler, StopStrings
+from llm_modules.generation.processors import Interruption, RepetitionPenalty, SeededSampler, StopStrings
 from llm_modules.generation.prompts import encode_prompt, end_token_ids, positions_of, stop_tokens
 
 if TYPE_CHECKING:
@@ -109,13 +109,14 @@ class Decoder:
     def stream(self, prompt: tuple[list[int], int], row: int, write: Callable[[str], None]) -> Completion:
         """One completion, whose text is written as it comes."""
         streamer = TextStream(Detokenizer(self.tokenizer, prompt[0]), self.end_ids, self.stop, write)
-        interrupted = False
-        try:
-            (ids,) = self._generate([prompt[0]], [row], streamer if self.settings.strategy != "beam" else None)
-        except KeyboardInterrupt:
-            ids, interrupted = streamer.ids, True
+        with Interruption() as interruption:
+            try:
+                shown = streamer if self.settings.strategy != "beam" else None
+                (ids,) = self._generate([prompt[0]], [row], shown, interruption)
+            except KeyboardInterrupt:
+                ids, interruption.pressed = streamer.ids, True
         completion = self._complete(prompt, row, ids)
-        if interrupted and completion.finish_reason == "length":
+        if interruption.pressed and completion.finish_reason == "length":
             completion.finish_reason = "interrupted"
         streamer.finish(completion.text)
         return completion
@@ -128,7 +129,9 @@ class Decoder:
         return Completion(row, text, ids, reason, len(prompt_ids), truncated, logprob)
 
     @torch.no_grad()
-    def _generate(self, prompts: list[list[int]], rows: Sequence[int], streamer: Any) -> list[list[int]]:
+    def _generate(
+        self, prompts: list[list[int]], rows: Sequence[int], streamer: Any, interruption: Interruption | None = None
+    ) -> list[list[int]]:
         device = self.hf.get_input_embeddings().weight.device
         length = max(map(len, prompts))
         input_ids = torch.full((len(prompts), length), self.pad_id, dtype=torch.long)
@@ -142,7 +145,7 @@ class Decoder:
             attention_mask=attention_mask,  # the positions are counted from it
             generation_config=self._config(),
             logits_processor=self._processors(attention_mask, rows),
-            stopping_criteria=self._criteria(length),
+            stopping_criteria=self._criteria(length, interruption),
             streamer=streamer,
         )
         return sequences[:, length:].tolist()
@@ -177,8 +180,11 @@ class Decoder:
             processors.append(SeededSampler(settings.seed, rows, settings.max_new_tokens, length, device))
         return processors
 
-    def _criteria(self, prompt_length: int) -> StoppingCriteriaList:
-        return StoppingCriteriaList([StopStrings(self.tokenizer, self.stop, prompt_length)] if self.stop else [])
+    def _criteria(self, prompt_length: int, interruption: Interruption | None) -> StoppingCriteriaList:
+        criteria = StoppingCriteriaList([StopStrings(self.tokenizer, self.stop, prompt_length)] if self.stop else [])
+        if interruption is not None:
+            criteria.append(interruption)
+        return criteria
 
     @torch.no_grad()
     def _logprob(self, prompt_ids: list[int], ids: list[int]) -> float:

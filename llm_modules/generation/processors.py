@@ -6,6 +6,8 @@ Shape legend: B rows (prompts, or prompts x beams), T tokens so far with left pa
 from __future__ import annotations
 
 import hashlib
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +64,38 @@ def uniform_numbers(seed: int, row: int, steps: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.rand(steps, dtype=torch.float64, generator=generator)
+
+
+class Interruption(StoppingCriteria):
+    """Ctrl-C ends the rows after the present token, for the length of a ``with`` block; a second one at once.
+
+    A KeyboardInterrupt is raised wherever the program is, and lost where Python cannot hand an exception on: in a
+    finalizer, or in a weak reference's callback, of which a forward pass has many.
+
+    Attributes:
+        pressed: whether it was.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+            self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *event: object) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.pressed, dtype=torch.bool, device=input_ids.device)
 
 
 class StopStrings(StoppingCriteria):

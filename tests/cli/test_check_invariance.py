@@ -56,7 +56,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [json.dumps({"text": f"row number {i}, " * (1 + (5 * i) % 9)}) for i in range(60)]
     Path("rows.jsonl").write_text("\n".join(rows) + "\n")
     Path("tiny.yaml").write_text(RECIPE)
-    Path("broken.py").write_text(BROKEN)
+    Path("broken_cuts.py").write_text(BROKEN)
     return tmp_path
 
 
@@ -82,7 +82,7 @@ def test_what_is_right_passes(words: list[str], folder: Path, capfd: pytest.Capt
 
 @pytest.mark.slow
 def test_a_mean_over_the_micro_batch(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "invariance", "-c", "tiny", "--model.objective", "broken.MicroBatchMean"]) == 1
+    assert main(["check", "invariance", "-c", "tiny", "--model.objective", "broken_cuts.MicroBatchMean"]) == 1
     out, err = capfd.readouterr()
     assert len(said(err)) == 1
     assert said(err)[0].startswith("recipes: the gradient depends on how rows are cut into micro-batches: with 2 x 4")
@@ -91,7 +91,7 @@ def test_a_mean_over_the_micro_batch(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_padding_that_is_scored(capfd: pytest.CaptureFixture[str]) -> None:
-    Path("own.yaml").write_text(RECIPE.replace("llm_modules.LanguageModelModule", "broken.ForgetsPadding"))
+    Path("own.yaml").write_text(RECIPE.replace("llm_modules.LanguageModelModule", "broken_cuts.ForgetsPadding"))
     assert main(["check", "invariance", "-c", "own"]) == 1
     lines = said(capfd.readouterr().err)
     assert len(lines) == 1

@@ -143,6 +143,33 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(say, tokenizer):
     assert model.training
 
 
+def test_an_interrupt_that_python_loses_ends_the_answer(say, tokenizer):
+    """One that comes while a finalizer runs, from which no exception is handed on."""
+    import os
+    import signal
+
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):  # the signal is seen in here
+                pass
+
+    pieces = []
+
+    def write(piece):
+        pieces.append(piece)
+        if len("".join(pieces)) >= 5 and not hasattr(write, "sent"):
+            write.sent = Finalized()
+            write.sent = True
+
+    before = signal.getsignal(signal.SIGINT)
+    completion = Generator(max_new_tokens=40).stream(say("hello world, and so on"), tokenizer, "x", write)
+    assert completion.finish_reason == "interrupted"
+    assert completion.text == "".join(pieces)
+    assert completion.text.rstrip() == "hello"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_the_model_is_left_as_it_was(say, tokenizer):
     model = say("hello").train()
     model.model.layers[0].eval()  # a frozen part
