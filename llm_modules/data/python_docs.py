@@ -146,6 +146,17 @@ def conversations(split: str) -> Iterator[dict[str, Any]]:
     return questions(own, foreign=sentences(held_out))
 
 
+def preferences(split: str) -> Iterator[dict[str, Any]]:
+    """Questions with the right answer and a wrong one: ``{"messages", "chosen", "rejected", "id"}``.
+
+    Raises:
+        ValueError: as ``documents``.
+    """
+    from llm_modules.data.python_questions import with_wrong_answers
+
+    return with_wrong_answers(conversations(split))
+
+
 def check_split(split: str) -> None:
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)} (built-in corpus)")

@@ -124,6 +124,20 @@ def _conversation(identity: str, *turns: tuple[str, str]) -> dict[str, Any]:
     return {"messages": messages, "id": identity}
 
 
+def with_wrong_answers(conversations: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of each question its answer, and that of an earlier question of the same kind: as fluent, and wrong."""
+    earlier: dict[str, str] = {}
+    for row in conversations:
+        messages, kind = row["messages"], row["id"].rpartition("/")[2]
+        if sum(message["role"] == "assistant" for message in messages) > 1:
+            continue
+        answer = messages[-1]["content"]
+        wrong = earlier.get(kind, answer)
+        if wrong != answer:
+            yield {"messages": messages[:-1], "chosen": answer, "rejected": wrong, "id": row["id"]}
+        earlier[kind] = answer
+
+
 def first_sentence(doc: str) -> str:
     """The first sentence of a docstring as plain text; "" where that is no sentence of a fit length."""
     paragraphs = [" ".join(part.split()) for part in doc.split("\n\n")]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_modules.data.sources import BUILTIN_TEXT, Row
+from llm_modules.data.sources import BUILTIN_CHAT, BUILTIN_TEXT, Row
 
 if TYPE_CHECKING:
     from llm_modules.data.sources import Source
@@ -157,12 +157,13 @@ def _without_gaps(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_builtin(path: str, split: str) -> Iterator[Row]:
-    """The rows of a built-in corpus: `text` or `messages`."""
+    """The rows of a built-in corpus: `text`, `messages`, or `messages` with `chosen` and `rejected`."""
     from llm_modules.data import python_docs
 
     if split not in ("train", "validation"):
         raise ValueError(f"source {path!r}: no split {split!r}; there are train and validation")
-    rows = python_docs.documents(split) if path == BUILTIN_TEXT else python_docs.conversations(split)
+    kinds = {BUILTIN_TEXT: python_docs.documents, BUILTIN_CHAT: python_docs.conversations}
+    rows = kinds.get(path, python_docs.preferences)(split)
     for number, row in enumerate(rows, 1):
         yield Row(dict(row), f"{path}[{split}]", number)
 

@@ -22,6 +22,8 @@ DATA_VARIABLE = "LITRECIPES_DATA"
 
 BUILTIN_TEXT = "builtin:python-docs"
 BUILTIN_CHAT = "builtin:python-qa"
+BUILTIN_PAIRS = "builtin:python-preferences"
+BUILTIN = (BUILTIN_TEXT, BUILTIN_CHAT, BUILTIN_PAIRS)
 
 SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -50,8 +52,8 @@ class Source:
 
     Args:
         path: A file (.txt .jsonl .json .csv .parquet), a folder or a glob of such files, a hub id of `datasets`,
-            `builtin:python-docs` (text) or `builtin:python-qa` (conversations). `data:NAME` is NAME below the folder
-            named by the environment variable LITRECIPES_DATA.
+            `builtin:python-docs` (text), `builtin:python-qa` (conversations) or `builtin:python-preferences` (pairs of
+            answers). `data:NAME` is NAME below the folder named by the environment variable LITRECIPES_DATA.
         columns: Our column name -> the name in the files, e.g. `{text: body}`, or a place in it: `instances.0.output`.
         format: How a file is read; `auto` goes by its suffix.
         weight: How often a document is seen per epoch: 1 once, 2 twice, 0.5 half of them, the other half in the next.
@@ -102,10 +104,8 @@ class Source:
             ValueError: nothing is there, it is empty, or its format is not known.
         """
         if self.builtin:
-            if self.path not in (BUILTIN_TEXT, BUILTIN_CHAT):
-                raise ValueError(
-                    f"source {self.path!r} is not known; built in are {BUILTIN_TEXT!r} and {BUILTIN_CHAT!r}"
-                )
+            if self.path not in BUILTIN:
+                raise ValueError(f"source {self.path!r} is not known; built in are {', '.join(map(repr, BUILTIN))}")
             return None
         if self.format == "hub":
             return None

@@ -1,0 +1,148 @@
+"""Preference tuning: one step's gradient over micro-batches, packing, ranks and references.
+
+Bounds of the design: 1e-5 over the whole gradient, 1e-4 for each parameter tensor, relative, in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from llm_modules import PreferenceModule
+from llm_modules.data import PreferenceDataModule
+from llm_modules.objectives import CPO, DPO, ORPO, SimPO
+from llm_modules.zoo import Backbone
+from tests.invariance.gradients import LLAMA, KeepGradients
+from tests.invariance.test_gradient_invariance import assert_same_gradient
+
+OBJECTIVES = {"DPO": DPO, "SimPO": SimPO, "CPO": CPO, "ORPO": ORPO}
+LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "lora_alpha": 8}}
+REFERENCE = {"batch_size": 8, "accumulate": 1, "packing": "none"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "2x4": {"batch_size": 2, "accumulate": 4},
+    "1x8": {"batch_size": 1, "accumulate": 8},
+    "packed 8x1": {"packing": "batch"},
+    "packed 2x4": {"packing": "batch", "batch_size": 2, "accumulate": 4},
+    "checkpointed, packed": {"activation_checkpointing": True, "packing": "batch"},
+}
+
+
+class Moved(Callback):
+    """The policy is not where the reference is, so that the reference counts."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        with torch.no_grad():
+            for number, parameter in enumerate(pl_module.parameters()):
+                if parameter.requires_grad:
+                    generator = torch.Generator().manual_seed(number)
+                    parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def write_pairs(folder: Path, count: int = 8) -> Path:
+    words = "the quick brown fox jumps over the lazy dog and runs away from all of them".split()
+    path = folder / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": " ".join(words[i % 5 :][: 2 + (3 * i) % 7]),
+            "chosen": " ".join(words[: 1 + (5 * i) % 14]) + f" {i}",
+            "rejected": " ".join(words[i % 3 :][: 1 + (7 * i) % 9]) + " no",
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(settings: dict[str, Any]) -> tuple[list[dict[str, Tensor]], list[float], Trainer]:
+    """Gradients of the optimizer steps, and their losses."""
+    module = PreferenceModule(
+        Backbone(
+            config=LLAMA,
+            adapter=settings.get("adapter"),
+            activation_checkpointing=settings.get("activation_checkpointing", False),
+        ),
+        OBJECTIVES[settings["objective"]](),
+        reference=settings.get("reference", "auto"),
+        sequence_length=160,
+        seed=1,
+    )
+    data = PreferenceDataModule(
+        sources=[{"path": settings["path"]}],  # type: ignore[list-item]
+        batch_size=settings["batch_size"],
+        packing=settings["packing"],
+        validation_fraction=0.0,
+        tokenizer="builtin:bytes",
+        chat_template="chatml",
+        sequence_length=160,
+        seed=1,
+        cache_dir=settings["cache"],
+    )
+    kept, devices = KeepGradients(), settings.get("devices", 1)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_steps=1,
+        accumulate_grad_batches=settings["accumulate"],
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        callbacks=[Moved(), kept],
+    )
+    trainer.fit(module, datamodule=data)
+    loss = [float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/loss")]
+    return kept.steps, loss, trainer
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def objective(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp(request.param)
+    settings = {"objective": request.param, "path": str(write_pairs(folder)), "cache": str(folder / "cache")}
+    return settings | {"expected": run(settings | REFERENCE)[0][0]}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_process(objective: dict[str, Any], name: str) -> None:
+    assert_same_gradient(run(objective | REFERENCE | VARIANTS[name])[0][0], objective["expected"])
+
+
+@pytest.mark.slow
+def test_two_processes(objective: dict[str, Any], tmp_path: Path) -> None:
+    settings = {key: value for key, value in objective.items() if key != "expected"} | REFERENCE
+    settings |= {"devices": 2, "batch_size": 2, "accumulate": 2, "packing": "batch"}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    subprocess.run(
+        [sys.executable, "-m", __name__, str(tmp_path / "settings.json"), str(tmp_path / "out.pt")],
+        check=True,
+        timeout=300,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert_same_gradient(torch.load(tmp_path / "out.pt")[0], objective["expected"])
+
+
+def test_the_adapter_switched_off_is_the_copy_of_the_base(tmp_path: Path) -> None:
+    settings = {"objective": "DPO", "path": str(write_pairs(tmp_path)), "cache": str(tmp_path / "cache")}
+    settings |= REFERENCE | {"packing": "batch", "adapter": LORA}
+    off, copy = (run(settings | {"reference": kind}) for kind in ("base", "copy"))
+    assert abs(off[1][0] - math.log(2)) > 1e-3  # the policy has moved: the reference counts
+    assert off[1] == pytest.approx(copy[1], rel=1e-6)
+    assert_same_gradient(off[0][0], copy[0][0])
+
+
+if __name__ == "__main__":
+    gradients, _, finished = run(json.loads(Path(sys.argv[1]).read_text()))
+    if finished.is_global_zero:
+        torch.save(gradients, sys.argv[2])

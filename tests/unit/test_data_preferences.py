@@ -1,0 +1,179 @@
+"""Pairs of answers: the formats, what is refused, the tokens, and the batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llm_modules.batch import IGNORE_INDEX, PreferenceBatch
+from llm_modules.data import PreferenceDataModule
+from llm_modules.data.preferences import PreferenceEncoder, dialogue, preference_pair
+from llm_modules.data.sources import Row
+from llm_modules.data.templates import set_template
+from llm_modules.tokenizer import byte_tokenizer
+
+USER, GOOD, BAD = {"role": "user", "content": "2 + 2?"}, "4", "five"
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def row(**columns: Any) -> Row:
+    return Row(columns, "pairs.jsonl", 7)
+
+
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2 + 2?\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt"),
+    [
+        ({"prompt": "2 + 2?", "chosen": GOOD, "rejected": BAD}, [USER]),
+        ({"messages": [USER], "chosen": GOOD, "rejected": BAD}, [USER]),
+        ({"prompt": [USER], "chosen": [answer(GOOD)], "rejected": [answer(BAD)]}, [USER]),
+        ({"prompt": [USER], "chosen": answer(GOOD), "rejected": answer(BAD)}, [USER]),
+        ({"chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]}, [USER]),
+        ({"prompt": [USER], "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]}, [USER]),
+        (
+            {"chosen": HH + GOOD, "rejected": HH + BAD},
+            [{"role": "user", "content": "Hi"}, answer("Hello."), USER],
+        ),
+    ],
+)
+def test_formats(columns: dict[str, Any], prompt: list[dict[str, str]]) -> None:
+    pair = preference_pair(row(**columns))
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, GOOD, BAD)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            {"prompt": "a", "chosen": GOOD},
+            "no column 'rejected'; a pair needs chosen and rejected; columns: prompt, chosen",
+        ),
+        ({"prompt": "a", "chosen": "", "rejected": BAD}, "an empty answer in 'chosen'"),
+        ({"prompt": "a", "chosen": "  ", "rejected": BAD}, "the chosen answer is empty"),
+        ({"prompt": "a", "chosen": GOOD, "rejected": GOOD + " "}, "chosen and rejected are the same"),
+        ({"chosen": [USER, answer(GOOD)], "rejected": [answer("?"), USER, answer(BAD)]}, "the prompts of chosen and"),
+        ({"chosen": GOOD, "rejected": BAD}, "no prompt: chosen and rejected are texts"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": BAD}, "chosen ends with the user"),
+        ({"prompt": [USER], "chosen": 4, "rejected": BAD}, "chosen is of type int"),
+        ({"prompt": [USER, answer("x")], "chosen": GOOD, "rejected": BAD}, "the prompt ends with the assistant"),
+        ({"prompt": [{"text": "a"}], "chosen": GOOD, "rejected": BAD}, "prompt: message 1 is no object with"),
+    ],
+)
+def test_what_is_no_pair_is_said_with_its_place(columns: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:7: ") as caught:
+        preference_pair(row(**columns))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dialogue_keeps_what_is_said() -> None:
+    assert dialogue("no turns") == []
+    assert dialogue("\n\nHuman: a\n\nb\n\nAssistant: c") == [{"role": "user", "content": "a\n\nb"}, answer("c")]
+
+
+def encoder(length: int = 200, too_long: Any = "truncate") -> PreferenceEncoder:
+    tokenizer = byte_tokenizer()
+    set_template(tokenizer, "chatml")
+    return PreferenceEncoder(tokenizer, length, too_long)
+
+
+def test_tokens_are_two_conversations_whose_answers_are_predicted() -> None:
+    made = encoder()
+    found = made([row(prompt="2 + 2?", chosen=GOOD, rejected=BAD)])
+    assert found.splits is not None
+    assert found.trained is not None
+    (split,) = found.splits
+    parts = [(found.tokens[:split], found.trained[:split]), (found.tokens[split:], found.trained[split:])]
+    for (tokens, trained), text in zip(parts, (GOOD, BAD), strict=True):
+        assert made.tokenizer.decode(tokens[trained]) == f"{text}<|im_end|>"
+        begin = made.tokenizer.decode(tokens[: int(np.argmax(trained))])
+        assert begin == "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    assert found.lengths.tolist() == [len(found.tokens)]
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "drop"])
+def test_too_long(too_long: str) -> None:
+    rows = [row(prompt="a", chosen="b" * 60, rejected="c"), row(prompt="a" * 90, chosen="b", rejected="c")]
+    found = encoder(60, too_long)(rows)
+    assert found.trained is not None
+    assert found.splits is not None
+    assert found.counts["pairs longer than the sequence length"] == 2
+    assert found.counts["pairs dropped as too long"] == (1 if too_long == "truncate" else 2)
+    first = found.trained[: found.lengths[0]]
+    assert first.any() == (too_long == "truncate")
+    assert not found.trained[found.lengths[0] :].any()  # nothing of these answers fits
+    assert max(found.splits[0], found.lengths[0] - found.splits[0]) == 60
+
+
+def test_too_long_can_be_an_error() -> None:
+    with pytest.raises(ValueError, match=r"pairs.jsonl:7: \d+ tokens, more than sequence_length 60 \(data.too_long"):
+        encoder(60, "error")([row(prompt="a" * 90, chosen="b", rejected="c")])
+
+
+def data(folder: Path, packing: Any, rows: int = 8) -> PreferenceDataModule:
+    lines = [{"prompt": f"q{i} " * (1 + i % 4), "chosen": "yes " * (i + 1), "rejected": f"no {i}"} for i in range(rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = PreferenceDataModule(
+        sources=[{"path": str(folder / "rows.jsonl")}],  # type: ignore[list-item]
+        tokenizer="builtin:bytes",
+        chat_template="chatml",
+        sequence_length=128,
+        batch_size=4,
+        validation_fraction=0.0,
+        packing=packing,
+        cache_dir=str(folder / "cache"),
+    )
+    made.prepare_data()
+    made.setup("fit")
+    return made
+
+
+@pytest.mark.parametrize("packing", ["batch", "none"])
+def test_batches_hold_pairs_of_one_prompt(packing: str, tmp_path: Path) -> None:
+    module = data(tmp_path, packing)
+    tokenizer = module.prepared_tokenizer
+    for batch in module.train_dataloader():
+        assert isinstance(batch, PreferenceBatch)
+        assert batch.pairs == 4
+        texts = []
+        owner = batch.answer_of(torch.arange(batch.input_ids.numel()))
+        for number in range(8):
+            mine = owner == number
+            ids, labels = batch.input_ids.flatten()[mine], batch.labels.flatten()[mine]
+            texts.append(
+                (tokenizer.decode(ids[labels == IGNORE_INDEX]).partition("<|im_start|>assistant")[0],
+                 tokenizer.decode(ids[labels != IGNORE_INDEX]))
+            )  # fmt: skip
+        for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
+            assert chosen[0] == rejected[0]
+            assert chosen[1].startswith("yes")
+            assert rejected[1].startswith("no")
+        counts = batch.counts()
+        assert counts["pairs"] == 4
+        assert counts["tokens_chosen"] == sum(len(tokenizer(c[1])["input_ids"]) for c in texts[::2])
+        assert counts["tokens"] > counts["tokens_chosen"]
+
+
+def test_a_rank_without_rows_counts_no_pair(tmp_path: Path) -> None:
+    empty = data(tmp_path, "batch")._collator().empty()
+    assert empty.counts() == {"tokens": 0.0, "positions": 0.0, "pairs": 0.0, "tokens_chosen": 0.0}
+
+
+def test_built_in_pairs_are_right_and_wrong_answers_to_the_same_question() -> None:
+    from llm_modules.data.python_docs import conversations, preferences
+
+    right = {r["id"]: r["messages"][-1]["content"] for r in conversations("validation")}
+    pairs = list(preferences("validation"))
+    assert len(pairs) > 200
+    assert all(pair["chosen"] == right[pair["id"]] != pair["rejected"] for pair in pairs)
+    assert {pair["rejected"] for pair in pairs} <= set(right.values())
