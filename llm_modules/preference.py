@@ -74,6 +74,12 @@ class PreferenceModule(LLMModule):
             copy = self.backbone.build(sequence_length=self.sequence_length, **self._built_with())
             self._copy = (copy.requires_grad_(False).eval(),)
 
+    @property
+    def frozen_copies(self) -> int:
+        """How many models are held beside the trained one, as far as that is known before any is built."""
+        shared = self.reference != "copy" and self.backbone.adapter is not None
+        return int(self.objective.needs_reference and not shared)
+
     def on_fit_start(self) -> None:
         self._place_copy()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llm_modules.optimizers import multiplies_bfloat16
@@ -88,13 +89,16 @@ def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
     summary = backbone.summary(
         vocabulary=len(cli.model.tokenizer),
         sequence_length=length,
-        tokens=getattr(cli.datamodule, "batch_size", 1) * length,
+        tokens=getattr(cli.datamodule, "micro_batch_tokens", getattr(cli.datamodule, "batch_size", 1) * length),
         precision=str(cli.trainer.precision),
         optimizer=cli.model.optimizer_factory,
         trained_share=1.0 if report is None else report.trained_share,
         accumulate=cli.trainer.accumulate_grad_batches,
         device=cli.trainer.strategy.root_device.type,
     )
+    if copies := getattr(cli.model, "frozen_copies", 0):  # a reference, beside the trained model
+        memory = replace(summary.memory, weights=summary.memory.weights * (1 + copies))
+        summary = replace(summary, memory=memory)
     return [*str(summary).splitlines(), *slow_precision(cli.trainer)]
 
 

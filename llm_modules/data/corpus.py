@@ -114,6 +114,8 @@ class Corpus:
         if not dealt or fraction <= 0:
             return
         documents = _joined(dealt)
+        if not len(documents):
+            return  # the audit says why nothing is left
         groups = self.groups[documents]
         if len(np.unique(groups)) < 2:  # every conversation begins alike: by their content
             groups = self.hashes[documents]

@@ -130,6 +130,11 @@ class TokenDataModule(LightningDataModule):
         """Tokens of a stored document at most."""
         return self.sequence_length
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Positions of a micro-batch at most."""
+        return self.batch_size * self.document_length
+
     # Preparation
 
     @property

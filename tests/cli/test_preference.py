@@ -1,0 +1,111 @@
+"""Preference tuning by the command: it learns, goes on exactly, leaves a model; mistakes are one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.__main__ import main
+
+RECIPE = """\
+tokenizer: builtin:bytes
+sequence_length: 96
+seed_everything: 3
+model:
+  class_path: llm_modules.PreferenceModule
+  init_args:
+    backbone:
+      config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2,
+               num_key_value_heads: 1, max_position_embeddings: 128}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 5.0e-3, weight_decay: 0.0}}
+data:
+  class_path: llm_modules.data.PreferenceDataModule
+  init_args: {sources: [{path: pairs.jsonl}], chat_template: chatml, batch_size: 4, validation_fraction: 0.2}
+trainer: {max_steps: 12, accelerator: cpu, devices: 1, log_every_n_steps: 1, val_check_interval: 12,
+          check_val_every_n_epoch: null, enable_progress_bar: false}
+checkpoint: {every_n_steps: 6, keep_last: 3}
+"""
+
+
+def pairs(count: int = 60) -> list[dict[str, Any]]:
+    return [{"prompt": f"number {i}?", "chosen": f"yes, {i}", "rejected": f"no {i}"} for i in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write(pairs())
+    Path("dpo.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def column(run: int, name: str) -> list[float]:
+    with Path(f"runs/dpo/{run}/metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def test_it_learns_goes_on_exactly_and_leaves_a_model() -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert main(["fit", "-c", "dpo"]) == 0
+    losses = column(0, "train/loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # the policy is its reference
+    assert losses[-1] < 0.3 < losses[0]
+    assert column(0, "val/reward_accuracy") == [1.0]
+    assert column(0, "val/reward_margin")[0] > 1
+    AutoModelForCausalLM.from_pretrained("runs/dpo/0/export")
+    (checkpoint,) = Path("runs/dpo/0/checkpoints").glob("step-*6.ckpt")
+    assert main(["fit", "-c", "dpo", "--ckpt_path", str(checkpoint)]) == 0
+    assert column(1, "train/loss") == losses[6:]  # against the same reference as before
+
+
+def test_with_an_adapter_the_base_is_the_reference(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["-c", "adapters/lora", "--model.optimizer.lr", "2e-2"]
+    assert main(["fit", "-c", "dpo", *words]) == 0
+    base = column(0, "train/loss")
+    assert base[-1] < 0.6
+    assert main(["fit", "-c", "dpo", *words, "--model.reference", "copy"]) == 0
+    assert column(1, "train/loss") == pytest.approx(base, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["-c", "adapters/lora"], ["--model.objective", "llm_modules.objectives.ORPO"]])
+def test_the_gradient_does_not_depend_on_how_pairs_are_cut(words: list[str]) -> None:
+    assert main(["check", "invariance", "-c", "dpo", *words]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "line"),
+    [
+        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], [], "pairs.jsonl:1: chosen and rejected are the same"),
+        ([{"prompt": "a", "chosen": "b"}], [], "pairs.jsonl:1: no column 'rejected'"),
+        ([{"prompt": "a", "chosen": "", "rejected": "b"}], [], "pairs.jsonl:1: an empty answer in 'chosen'"),
+        ([{"chosen": "a", "rejected": "b"}], [], "pairs.jsonl:1: no prompt"),
+        (None, ["--model.reference", "base"], "model.reference: base, but there is no adapter"),
+        (None, ["--model.reference", "bass"], "bass"),
+        (None, ["--model.objective.beta", "0"], "objective.beta: 0"),
+        (None, ["--data.packing", "documents"], "data.packing: 'documents' is not one of batch, none"),
+        (None, ["--sequence_length", "8"], "no token is trained"),
+    ],
+)
+def test_mistakes(
+    rows: list[dict[str, Any]] | None, words: list[str], line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if rows is not None:
+        write(rows)
+    if "--model.objective.beta" in words:
+        words = ["--model.objective", "llm_modules.objectives.DPO", *words]
+    assert main(["fit", "-c", "dpo", *words]) == 2
+    said = [text for text in capfd.readouterr().err.splitlines() if text.startswith("recipes: ")]
+    assert len(said) == 1, said
+    assert line in said[0]
+    assert not list(Path("runs").rglob("metrics.csv"))
