@@ -18,9 +18,11 @@ from lightning.pytorch import Callback, Trainer
 
 from callbacks import AtomicCheckpointIO, Throughput
 from callbacks.checkpoint_writer import CheckpointWriter
-from llm_modules.data import ConversationDataModule, TextDataModule
+from llm_modules.base import LLMModule
+from llm_modules.data import ConversationDataModule, PreferenceDataModule, TextDataModule
 from llm_modules.language_model import LanguageModelModule
 from llm_modules.optimizers import MuonAdamW
+from llm_modules.preference import PreferenceModule
 from llm_modules.strategies import FSDP1Strategy, ShardedStrategy, ZeroStrategy
 from llm_modules.zoo import Backbone
 
@@ -115,7 +117,8 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     accumulate = 2
     config = MODELS[cell.get("model", "llama")] | cell.get("config", {})
     backbone = Backbone(config=config, **cell.get("backbone", {}))
-    module = LanguageModelModule(
+    preference = cell["stage"] == "preference"
+    module: LLMModule = (PreferenceModule if preference else LanguageModelModule)(
         backbone,
         optimizer=OPTIMIZERS[cell.get("optimizer", "adamw")],
         sequence_length=128,
@@ -131,8 +134,9 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         "seed": 1,
         "cache_dir": cell["cache"],
     }
-    chat = cell["stage"] != "pretrain"
-    data: Any = ConversationDataModule(**common, chat_template="chatml") if chat else TextDataModule(**common)
+    kinds = {"pretrain": TextDataModule, "preference": PreferenceDataModule}
+    kind = kinds.get(cell["stage"], ConversationDataModule)
+    data: Any = kind(**common, **({} if kind is TextDataModule else {"chat_template": "chatml"}))
     record = Record()
     trainer = Trainer(
         accelerator="cpu",
