@@ -36,6 +36,8 @@ CHAT = [
     {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i} " * 9}]}
     for i in range(300)
 ]
+PAIRS = [{"prompt": f"say {i}", "chosen": f"it is {i} " * 4, "rejected": "no"} for i in range(300)]
+KINDS = {"TextDataModule": TEXT, "ConversationDataModule": CHAT, "PreferenceDataModule": PAIRS}
 
 
 def names(paths: list[Path]) -> list[Any]:
@@ -73,10 +75,10 @@ def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def tiny_data(path: Path) -> dict[str, Any]:
     """The recipe's data module with rows of ours, in the shape that it reads."""
     data = compose([str(path)]).values["data"]
-    rows = TEXT if data["class_path"].endswith("TextDataModule") else CHAT
+    rows = KINDS[data["class_path"].rpartition(".")[2]]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments: dict[str, Any] = {"sources": [{"path": "rows.jsonl"}], "validation_sources": None, "test_sources": None}
-    if rows is CHAT and data["init_args"].get("chat_template") is None:
+    if rows is not TEXT and data["init_args"].get("chat_template") is None:
         arguments["chat_template"] = "chatml"  # the recipe's tokenizer, which is not here, brings one
     return {"init_args": {**arguments, "batch_size": 1}}
 
