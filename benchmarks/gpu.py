@@ -190,7 +190,7 @@ def measured(case: Case, run: harness.Run, work: Path) -> Result:
         "mfu": facts.get("throughput/mfu"),
         "device_allocated_gib": _gib(facts.get("device_allocated_mib")),
         "device_reserved_gib": _gib(facts.get("device_reserved_mib")),
-        "host_peak_gib": _gib(facts["peak_mib"]),
+        "host_peak_gib": _gib(facts["peak_mib"] if facts["peak_reset"] else None),
         "first_loss": run["losses"][0],
         "final_loss": run["losses"][-1],
         "rows": run["rows"],

@@ -129,6 +129,8 @@ def compare(sides: list[Side], work: Path, *, repetitions: int) -> dict[str, lis
     for repetition in range(repetitions):
         for side in sides:
             run = run_side(side, work, tag=str(repetition), steps=side.steps)
+            if not run["facts"]["peak_reset"]:
+                raise BenchmarkError("this system does not let a process reset its peak memory, which is compared")
             runs[side.name].append(measures(run, side.warmup))
             last = runs[side.name][-1]
             print(

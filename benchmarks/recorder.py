@@ -7,7 +7,6 @@ on the embedding and on the losses show what was trained on.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -32,10 +31,13 @@ def peak_mib() -> float:
     return _status("VmHWM")
 
 
-def reset_peak() -> None:
-    """Count the peak from now on, where the system lets a process do so."""
-    with contextlib.suppress(OSError):
+def reset_peak() -> bool:
+    """Count the peak from now on; False where the system does not let a process do so."""
+    try:
         Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _status(key: str) -> float:
@@ -76,7 +78,7 @@ class Recorder:
     def start(self) -> None:
         """Call when the libraries are imported and nothing is loaded: memory is counted from here."""
         self.facts["imported_mib"] = resident_mib()
-        reset_peak()
+        self.facts["peak_reset"] = reset_peak()
         register_optimizer_step_post_hook(lambda *_: self.tick())
 
     def tick(self) -> None:

@@ -22,7 +22,8 @@ if name.endswith("trl"):
 if name == "fsdp2":
     time.sleep(60)
 ticks = [{"wall": 2.0 * i, "cpu": 2.0 * i, "peak": 1024.0} for i in range(steps + 1)]
-facts = {"peak_mib": 2048.0, "imported_mib": 512.0, "trained_parameters": 1234567, "throughput/mfu": 0.4321,
+facts = {"peak_mib": 2048.0, "peak_reset": True, "imported_mib": 512.0, "trained_parameters": 1234567,
+         "throughput/mfu": 0.4321,
          "device_allocated_mib": 10240.0, "device_reserved_mib": 20480.0}
 losses = [11.5 - 0.5 * i for i in range(steps)]
 data = {"ticks": ticks, "rows": ["other" if name == "fsdp1" else "same"] * steps, "losses": losses, "facts": facts}
