@@ -109,6 +109,22 @@ class Record(Callback):
                 self.balance.append(float(trainer.callback_metrics["train/router_aux_loss"]))
 
 
+def data_of(cell: dict[str, Any], batch_size: int) -> Any:
+    kinds = {"pretrain": TextDataModule, "sft": ConversationDataModule, "preference": PreferenceDataModule}
+    kind: Any = kinds[cell["stage"]]
+    return kind(
+        sources=[{"path": cell["rows"]}],
+        batch_size=batch_size,
+        packing=cell.get("packing", "batch"),
+        validation_fraction=0.3 if cell.get("validate") else 0.0,
+        tokenizer="builtin:bytes",
+        sequence_length=128,
+        seed=1,
+        cache_dir=cell["cache"],
+        **({} if kind is TextDataModule else {"chat_template": "chatml"}),
+    )
+
+
 def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     arguments = cell.get("arguments", {})
     strategy = (STRATEGIES | OPTIONS)[cell["strategy"]](**arguments)
@@ -124,19 +140,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         sequence_length=128,
         seed=1,
     )
-    common: dict[str, Any] = {
-        "sources": [{"path": cell["rows"]}],
-        "batch_size": ROWS_PER_STEP // (accumulate * max(1, world // sharing)),
-        "packing": cell.get("packing", "batch"),
-        "validation_fraction": 0.3 if cell.get("validate") else 0.0,
-        "tokenizer": "builtin:bytes",
-        "sequence_length": 128,
-        "seed": 1,
-        "cache_dir": cell["cache"],
-    }
-    kinds = {"pretrain": TextDataModule, "preference": PreferenceDataModule}
-    kind = kinds.get(cell["stage"], ConversationDataModule)
-    data: Any = kind(**common, **({} if kind is TextDataModule else {"chat_template": "chatml"}))
+    data = data_of(cell, ROWS_PER_STEP // (accumulate * max(1, world // sharing)))
     record = Record()
     trainer = Trainer(
         accelerator="cpu",
