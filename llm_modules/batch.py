@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -90,8 +91,6 @@ class PreferenceBatch(TokenBatch):
 
     def answer_of(self, index: Tensor) -> Tensor:
         """(M,) the document (or row) that each place of the flattened batch lies in."""
-        import torch
-
         if self.document_offsets is None:
             return index // self.input_ids.shape[1]
         return torch.bucketize(index, self.document_offsets[1:].to(index.dtype), right=True)

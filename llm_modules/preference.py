@@ -17,7 +17,7 @@ from llm_modules.generation import Generator
 from llm_modules.logprobs import next_token_targets, sums_by_answer
 from llm_modules.objectives.preference import DPO, PreferenceObjective
 from llm_modules.zoo import Backbone, CausalLM
-from llm_modules.zoo.adapter_config import changes_base
+from llm_modules.zoo.adapter_config import keeps_base
 
 Reference = Literal["auto", "base", "copy"]
 
@@ -67,10 +67,14 @@ class PreferenceModule(LLMModule):
         if built or not self.objective.needs_reference:
             return
         adapter = self.model.adapter
-        if self.reference == "base" and (adapter is None or changes_base(adapter.config)):
-            why = "there is no adapter" if adapter is None else f"{adapter.kind} changes the base that it is put into"
+        if self.reference == "base" and (adapter is None or not keeps_base(adapter.config)):
+            why = (
+                "there is no adapter"
+                if adapter is None
+                else f"this {adapter.kind} changes the base that it is put into"
+            )
             raise ValueError(f"model.reference: base, but {why}; allowed: copy, auto")
-        if self.reference == "copy" or adapter is None or changes_base(adapter.config):
+        if self.reference == "copy" or adapter is None or not keeps_base(adapter.config):
             copy = self.backbone.build(sequence_length=self.sequence_length, **self._built_with())
             self._copy = (copy.requires_grad_(False).eval(),)
 

@@ -96,16 +96,15 @@ def _side(row: Row, name: str) -> list[Message]:
         value = [value]
     if isinstance(value, list):
         messages = _messages(row, name, value)
-        if messages[-1]["role"] != "assistant":
-            raise ValueError(
-                f"{row.origin}: {name} ends with the {messages[-1]['role']}; it must end with the assistant"
-            )
-        return messages
-    if not isinstance(value, str):
+    elif isinstance(value, str):
+        messages = dialogue(value) or [{"role": "assistant", "content": value}]
+    else:
         raise ValueError(
             f"{row.origin}: {name} is of type {type(value).__name__}; a text or a list of messages is needed"
         )
-    return dialogue(value) or [{"role": "assistant", "content": value}]
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{row.origin}: {name} ends with the {messages[-1]['role']}; it must end with the assistant")
+    return messages
 
 
 def dialogue(text: str) -> list[Message]:

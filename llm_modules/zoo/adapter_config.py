@@ -211,6 +211,11 @@ def changes_base(config: Any) -> bool:
     return str(getattr(config, "init_lora_weights", "")).lower().startswith(CHANGES_BASE)
 
 
+def keeps_base(config: Any) -> bool:
+    """Whether the model with the adapter switched off is the one that it was put into, also after training."""
+    return not changes_base(config) and getattr(config, "bias", "none") == "none"  # else the base's biases are trained
+
+
 def name_targets(config: Any, hf: PreTrainedModel) -> None:
     """Fill in targets that depend on the model, and refuse those that match nothing.
 

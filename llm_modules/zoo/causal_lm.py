@@ -216,19 +216,20 @@ class CausalLM(nn.Module):
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
-        """Inside, the model is what it was before its adapter, if that leaves the base as it is.
+        """Inside, the model is what it was before its adapter, if that leaves the base as it is (see ``keeps_base``).
 
         peft's own ``disable_adapter`` also changes what is trainable, which wrappers of the model rely on.
         """
         layers: list[Any] = [module for module in self.hf.modules() if hasattr(module, "_disable_adapters")]
+        before = [layer._disable_adapters for layer in layers]
         virtual, self.virtual = self.virtual, None
         try:
             for layer in layers:
                 layer._disable_adapters = True
             yield
         finally:
-            for layer in layers:
-                layer._disable_adapters = False
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled
             self.virtual = virtual
 
     def split_positions(self, group: Any, tensor: int = 1) -> None:

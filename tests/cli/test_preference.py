@@ -77,6 +77,19 @@ def test_with_an_adapter_the_base_is_the_reference(capfd: pytest.CaptureFixture[
     assert column(1, "train/loss") == pytest.approx(base, abs=1e-6)
 
 
+def test_an_adapter_that_trains_the_bases_biases_is_compared_with_a_copy(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["-c", "adapters/lora", "--model.backbone.adapter.bias", "all"]
+    words += ["--model.backbone.config.attention_bias", "true", "--model.optimizer.lr", "2e-2"]
+    assert main(["fit", "-c", "dpo", *words, "--model.reference", "base"]) == 2
+    assert "model.reference: base, but this LORA changes the base" in capfd.readouterr().err
+    assert main(["fit", "-c", "dpo", *words]) == 0
+    assert main(["fit", "-c", "dpo", *words, "--model.reference", "copy"]) == 0
+    runs = sorted(int(path.parent.name) for path in Path("runs/dpo").glob("*/metrics.csv"))
+    auto, copy = (column(run, "train/loss") for run in runs[-2:])
+    assert auto == copy
+    assert auto[-1] != pytest.approx(auto[0], abs=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["-c", "adapters/lora"], ["--model.objective", "llm_modules.objectives.ORPO"]])
 def test_the_gradient_does_not_depend_on_how_pairs_are_cut(words: list[str]) -> None:

@@ -6,6 +6,7 @@ TRL's side is in fp64: in fp32 its sums over tokens are too far from the truth t
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +139,8 @@ def test_loss_and_gradient_are_those_of_trl(name: str, folder: Path) -> None:
     pytest.importorskip("trl")
     objective, arguments = OBJECTIVES[name]
     expected, gradients = theirs(folder, arguments)
+    if name in ("DPO", "by token"):
+        assert abs(float(expected) - math.log(2)) > 0.01  # the margins count
     for packing in ("batch", "none"):
         loss, found = ours(folder, objective, packing)
         assert loss == pytest.approx(float(expected), rel=1e-6, abs=1e-6), packing

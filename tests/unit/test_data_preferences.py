@@ -64,6 +64,7 @@ def test_formats(columns: dict[str, Any], prompt: list[dict[str, str]]) -> None:
         ({"chosen": [USER, answer(GOOD)], "rejected": [answer("?"), USER, answer(BAD)]}, "the prompts of chosen and"),
         ({"chosen": GOOD, "rejected": BAD}, "no prompt: chosen and rejected are texts"),
         ({"prompt": [USER], "chosen": [USER], "rejected": BAD}, "chosen ends with the user"),
+        ({"chosen": HH + GOOD, "rejected": HH + BAD + "\n\nHuman: why?"}, "rejected ends with the user"),
         ({"prompt": [USER], "chosen": 4, "rejected": BAD}, "chosen is of type int"),
         ({"prompt": [USER, answer("x")], "chosen": GOOD, "rejected": BAD}, "the prompt ends with the assistant"),
         ({"prompt": [{"text": "a"}], "chosen": GOOD, "rejected": BAD}, "prompt: message 1 is no object with"),
