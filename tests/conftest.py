@@ -32,12 +32,18 @@ def data_folder() -> Path:
     return Path(os.environ["LITRECIPES_DATA"])
 
 
+@pytest.fixture(autouse=True, scope="session")
+def shared_extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What DeepSpeed compiles, in half a minute or more, is of all tests, and of the fixtures that modules share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.getbasetemp() / "torch_extensions"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or leaves a cache in the user's home."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    # What DeepSpeed compiles, in half a minute, is of all tests.
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.getbasetemp() / "torch_extensions"))
 
 
 @pytest.fixture(autouse=True)
