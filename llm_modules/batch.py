@@ -83,17 +83,40 @@ class PreferenceBatch(TokenBatch):
     """One micro-batch of pairs of answers: documents (or padded rows) 2i and 2i + 1 are a prompt with its chosen answer
     and the same prompt with its rejected one; the labels are those of the answers.
 
+    *Shared prompts* (packed only): documents 3i, 3i + 1 and 3i + 2 are what both begin with, less its last token, and
+    the rest of the one and of the other, whose positions count on and which see the first one, too. So a prompt is
+    computed once. (The last token of the prompt is in both, because each answer's first is predicted there.)
+
     Attributes:
         pairs: P, how many there are.
+        shared_keys: (K,) int64 the positions that the documents see, those of one after another, its own last; None:
+            each document sees itself.
+        key_offsets: (D + 1,) int32 cumulative lengths of the documents' parts of ``shared_keys``.
     """
 
     pairs: int = 0
+    shared_keys: Tensor | None = None
+    key_offsets: Tensor | None = None
 
     def answer_of(self, index: Tensor) -> Tensor:
-        """(M,) the document (or row) that each place of the flattened batch lies in."""
+        """(M,) the answer, of 2P, that each labelled place of the flattened batch belongs to."""
         if self.document_offsets is None:
             return index // self.input_ids.shape[1]
-        return torch.bucketize(index, self.document_offsets[1:].to(index.dtype), right=True)
+        document = torch.bucketize(index, self.document_offsets[1:].to(index.dtype), right=True)
+        return document if self.shared_keys is None else document // 3 * 2 + document % 3 - 1
+
+    def apart(self) -> PreferenceBatch:
+        """The same pairs without shared prompts: the keys of an answer's document are its whole conversation."""
+        if self.shared_keys is None or self.key_offsets is None:
+            return self
+        lengths = self.key_offsets.diff()
+        lengths[::3] = 0
+        place = torch.arange(len(self.shared_keys), device=lengths.device)
+        document = torch.bucketize(place, self.key_offsets[1:].to(place.dtype), right=True)
+        keys = self.shared_keys[document % 3 > 0]
+        offsets = torch.cat([lengths.new_zeros(1), lengths.view(-1, 3)[:, 1:].flatten().cumsum(0).to(lengths.dtype)])
+        taken = {name: getattr(self, name)[:, keys] for name in ("input_ids", "labels", "position_ids")}
+        return replace(self, **taken, document_offsets=offsets, shared_keys=None, key_offsets=None)
 
     def counts(self) -> dict[str, float]:
         from llm_modules.logprobs import next_token_targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -59,6 +60,7 @@ class PreferenceModule(LLMModule):
         self.generator = generator or Generator()
         # In a tuple, so that it is no submodule: neither trained, nor spread, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
+        self._said: set[str] = set()
 
     def configure_model(self) -> None:
         built = self.model is not None
@@ -99,6 +101,9 @@ class PreferenceModule(LLMModule):
 
     def objective_step(self, batch: PreferenceBatch) -> ObjectiveOutput:
         assert self.model is not None
+        if batch.shared_keys is not None and (problem := self.model.sharing_problem):
+            self._say_once(f"data.share_prompts: each prompt is computed for both of its answers: {problem}")
+            batch = batch.apart()
         sums, tokens = self._sums_of(self.model, batch)
         scores = PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2])
         if self.objective.needs_reference:
@@ -118,8 +123,16 @@ class PreferenceModule(LLMModule):
             batch.document_offsets,
             batch.max_document,
             lengths=batch.lengths,
+            shared_keys=batch.shared_keys,
+            key_offsets=batch.key_offsets,
         )
         return sums_by_answer(scores.logprobs, batch.answer_of(scores.index), 2 * batch.pairs)
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            if self.trainer.is_global_zero:
+                print(line, file=sys.stderr)
 
     @torch.no_grad()
     def _reference_sums(self, batch: PreferenceBatch) -> Tensor:

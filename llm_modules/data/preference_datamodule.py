@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from llm_modules.batch import PreferenceBatch
 from llm_modules.data.collation import Collator
@@ -30,6 +31,7 @@ class PreferenceDataModule(TokenDataModule):
         chat_template: chatml, llama3, gemma, zephyr, alpaca, raw, a .jinja file, or the template itself; not given: the
             tokenizer's own.
         packing: `batch`: the documents of a batch in one row without padding; `none`: padded.
+        share_prompts: in a packed row, what both conversations of a pair begin with is there, and computed, once.
         too_long: pairs with a conversation longer than sequence_length: `truncate`, `drop` or `error`.
     """
 
@@ -39,6 +41,7 @@ class PreferenceDataModule(TokenDataModule):
         chat_template: str | None = None,
         packing: Packing = "batch",
         too_long: TooLongPair = "truncate",
+        share_prompts: bool = True,
         **kwargs: Any,
     ) -> None:
         if packing not in ("batch", "none"):
@@ -48,6 +51,7 @@ class PreferenceDataModule(TokenDataModule):
             raise ValueError(f"data.too_long: {too_long!r} is not one of truncate, drop, error")
         self.chat_template = chat_template
         self.too_long_pair: TooLongPair = too_long
+        self.share_prompts = share_prompts
 
     @property
     def document_length(self) -> int:
@@ -73,31 +77,71 @@ class PreferenceDataModule(TokenDataModule):
             assert store.splits is not None or not len(store)
             splits.append(store.splits if store.splits is not None else np.zeros(0, dtype=np.int64))
         return PairCollator(
-            self.corpus.rows, flat=self.flat, pad=pad, max_document=self.sequence_length, splits=np.concatenate(splits)
+            self.corpus.rows,
+            flat=self.flat,
+            pad=pad,
+            max_document=self.sequence_length,
+            splits=np.concatenate(splits),
+            share=self.share_prompts and self.flat,
         )
 
 
 class PairCollator(Collator):
-    """Pairs to a ``PreferenceBatch``: each becomes two documents, or two rows.
+    """Pairs to a ``PreferenceBatch``: each becomes two documents, or three with a shared prompt, or two rows.
 
     Args:
         splits: (D,) where the second conversation of each document begins.
+        share: whether what both begin with is there once.
     """
 
-    def __init__(self, *args: Any, splits: Indices, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, splits: Indices, share: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.splits = splits
+        self.share = share
 
     def __call__(self, batch: Sequence[Indices]) -> PreferenceBatch:
-        rows = [part for row in batch for part in self._parts(row)]
-        made = super().__call__(rows)
-        return PreferenceBatch(**vars(made), pairs=len(rows) // 2)
+        if self.share:
+            return self._shared(batch)
+        made = super().__call__([np.array([part]) for row in batch for part in self._parts(row)])
+        return PreferenceBatch(**vars(made), pairs=len(batch))
 
     def empty(self) -> PreferenceBatch:
         return PreferenceBatch(**vars(super().empty()))
 
-    def _parts(self, row: Indices) -> list[Indices]:
+    def _parts(self, row: Indices) -> list[tuple[int, int, int]]:
         """A row, which is one document, as two."""
         ((document, start, stop),) = row.tolist()
         middle = start + int(self.splits[document])
-        return [np.array([[document, start, middle]]), np.array([[document, middle, stop]])]
+        return [(document, start, middle), (document, middle, stop)]
+
+    def _shared(self, batch: Sequence[Indices]) -> PreferenceBatch:
+        """See ``PreferenceBatch``."""
+        segments, shared = [], []
+        for row in batch:
+            (document, start, middle), (_, _, stop) = self._parts(row)
+            both = max(self._common(start, middle, stop) - 1, 0)
+            shared += [0, both, both]
+            parts = (start, start + both), (start + both, middle), (middle + both, stop)
+            segments += [(document, *part) for part in parts]
+        made = super().__call__([np.array(segments)])
+        lengths = np.array([stop - start for _, start, stop in segments])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        firsts = np.repeat(offsets[:-1:3], 3)  # where each pair begins
+        keys = [
+            np.concatenate([np.arange(first, first + before), np.arange(*offsets[d : d + 2])])
+            for d, (first, before) in enumerate(zip(firsts, shared, strict=True))
+        ]
+        made.position_ids += torch.from_numpy(np.repeat(shared, lengths))
+        return PreferenceBatch(
+            **vars(made) | {"rows": made.rows[::3]},
+            pairs=len(batch),
+            shared_keys=torch.from_numpy(np.concatenate(keys)),
+            key_offsets=torch.from_numpy(np.cumsum([0, *map(len, keys)]).astype(np.int32)),
+        )
+
+    def _common(self, start: int, middle: int, stop: int) -> int:
+        """How many tokens both conversations begin with before either has one to predict."""
+        (one, trained), (other, also) = self.rows.read(start, middle), self.rows.read(middle, stop)
+        size = min(len(one), len(other))
+        ends = (one[:size] != other[:size]) | trained[:size] | also[:size]
+        return int(ends.argmax()) if ends.any() else size

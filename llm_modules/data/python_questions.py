@@ -125,14 +125,17 @@ def _conversation(identity: str, *turns: tuple[str, str]) -> dict[str, Any]:
 
 
 def with_wrong_answers(conversations: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of each question its answer, and that of an earlier question of the same kind: as fluent, and wrong."""
+    """Of each question its answer, and a worse one: that of an earlier question of the same kind (as fluent, and wrong)
+    or, every other time, its own broken off in the middle of a sentence (which a model of any size can tell)."""
     earlier: dict[str, str] = {}
     for row in conversations:
         messages, kind = row["messages"], row["id"].rpartition("/")[2]
         if sum(message["role"] == "assistant" for message in messages) > 1:
             continue
-        answer = messages[-1]["content"]
+        answer, words = messages[-1]["content"], messages[-1]["content"].split()
         wrong = earlier.get(kind, answer)
+        if len(words) > 3 and _hash(row["id"], "worse") % 2 == 0:
+            wrong = " ".join(words[: len(words) // 2]).rstrip(".,:;")
         if wrong != answer:
             yield {"messages": messages[:-1], "chosen": answer, "rejected": wrong, "id": row["id"]}
         earlier[kind] = answer

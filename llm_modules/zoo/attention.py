@@ -1,10 +1,10 @@
 """Attention for packed documents, registered with transformers under the name ``packed``.
 
 One function serves every architecture that calls transformers' attention interface. Documents laid out one after
-another in one row (``cu_seq_lens_q`` among the keyword arguments) attend causally to themselves only, and no N x N mask
-or score matrix is ever made. Rows that are padded on the right need no mask at all. Whatever else comes (left padding,
-caches) has a mask from ``packed_mask`` and goes the way of transformers' own ``sdpa``, so that generation works through
-the same model.
+another in one row (``cu_seq_lens_q`` among the keyword arguments) attend causally to themselves only, or also to one
+that several of them begin with (``shared_keys``), and no N x N mask or score matrix is ever made. Rows that are padded
+on the right need no mask at all. Whatever else comes (left padding, caches) has a mask from ``packed_mask`` and goes
+the way of transformers' own ``sdpa``, so that generation works through the same model.
 
 Shape legend: B rows, N positions, H query heads, K key/value heads, G = H / K, D head size, L positions of a document.
 """
@@ -14,18 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import pairwise
 from typing import Any
 
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
+from llm_modules.zoo.document_attention import document_attention
+
 NAME = "packed"
 """What ``attn_implementation`` is called in transformers."""
-
-_BLOCK = 128
-"""Queries scored at once: of 64 to 1024 the fastest on a CPU (docs/decisions.md), and what bounds the memory."""
 
 _VARLEN_HAS_GROUPS = Version(torch.__version__.split("+")[0]) >= Version("2.12")
 """torch 2.11's variable-length attention wants as many key heads as query heads."""
@@ -85,6 +83,8 @@ def packed_attention(
         sliding_window: a position sees itself and this many minus one before it.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
         cu_seq_lens_q: (documents + 1,) int32 cumulative lengths; then B is 1 and there is no mask.
+        kwargs: ``shared_keys``, (keys,) int64 the positions that the documents see, those of one after another, its own
+            last, and ``cu_seq_lens_k``, their cumulative lengths; without, each document sees itself.
 
     Returns:
         (B, N, H, D) and None (no attention weights).
@@ -104,21 +104,18 @@ def packed_attention(
         raise ValueError(f"attention: packed or split rows take no mask, cache or bias in {type(module).__name__}")
     if plain:
         if dropout:
-            raise ValueError(
-                f"attention: {NAME!r} has no dropout, got {dropout}; set the model's attention dropout to 0"
-            )
+            raise ValueError(f"attention: {NAME!r} has no dropout, got {dropout}; set that of the model's to 0")
         states = _one_dtype(query, key, value)
         query, key, value = states if context is None else context.to_heads(*states)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _documents(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap)
+        keys = kwargs.get("shared_keys"), kwargs.get("cu_seq_lens_k")
+        out = _documents(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap, *keys)
         return out if context is None else context.to_positions(out), None
     if softcap is not None:
         return _softcapped(module, query, key, value, attention_mask, scaling, dropout, softcap), None
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-    )
+    return sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs)
 
 
 def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +134,11 @@ def _documents(
     scale: float,
     window: int | None,
     softcap: float | None,
+    shared_keys: Tensor | None,
+    key_offsets: Tensor | None,
 ) -> Tensor:
+    if shared_keys is not None:  # then a document's queries are the last of its keys
+        key, value = key.index_select(2, shared_keys), value.index_select(2, shared_keys)
     query_BNHD, key_BNKD, value_BNKD = (t.transpose(1, 2) for t in (query, key, value))
     length = query_BNHD.shape[1]
     if window is not None and offsets is None and window >= length:
@@ -150,26 +151,29 @@ def _documents(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
             )
             return out.transpose(1, 2).contiguous()
-        return _flash(query_BNHD, key_BNKD, value_BNKD, offsets, max_length, scale, window)
-    return document_attention(query_BNHD, key_BNKD, value_BNKD, offsets, scale, window, softcap)
+        ends = offsets, offsets if shared_keys is None else key_offsets
+        return _flash(query_BNHD, key_BNKD, value_BNKD, ends, max_length, scale, window)
+    apart = None if shared_keys is None else key_offsets
+    return document_attention(query_BNHD, key_BNKD, value_BNKD, offsets, scale, window, softcap, apart)
 
 
 def _flash(
     query_BNHD: Tensor,
     key_BNKD: Tensor,
     value_BNKD: Tensor,
-    offsets: Tensor | None,
+    ends: tuple[Tensor | None, Tensor | None],
     max_length: int | None,
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """torch's variable-length FlashAttention (CUDA, half precision)."""
+    """torch's variable-length FlashAttention (CUDA, half precision), whose causal mask ends with the last key."""
     from torch.nn.attention.varlen import varlen_attn
 
     rows, length = query_BNHD.shape[:2]
+    offsets, key_offsets = ends
     if offsets is None:
         offsets = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query_BNHD.device)
-        max_length = length
+        max_length, key_offsets = length, offsets
     longest = max_length or length
     group = query_BNHD.shape[2] // key_BNKD.shape[2]
     grouped: dict[str, Any] = {"enable_gqa": True} if group > 1 and _VARLEN_HAS_GROUPS else {}
@@ -180,7 +184,7 @@ def _flash(
         key_BNKD.flatten(0, 1),
         value_BNKD.flatten(0, 1),
         offsets,
-        offsets,
+        key_offsets,
         longest,
         longest,
         scale=scale,
@@ -189,154 +193,6 @@ def _flash(
     )
     assert isinstance(out, Tensor)
     return out.unflatten(0, (rows, length))
-
-
-@torch.library.custom_op("litrecipes::document_attention", mutates_args=())
-def document_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offsets: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Causal attention of each document to itself, exact, in blocks of queries; saves nothing but its inputs.
-
-    One opaque operator, so that compiled code sees neither the documents' lengths nor a graph break. Matrix products of
-    whole blocks use the CPU's matrix units, which makes it faster than torch's own flash kernel for CPUs.
-
-    Args:
-        query: (B, N, H, D); key (B, N, K, D), value (B, N, K, D').
-        offsets: (documents + 1,) cumulative lengths, or None: each row is one document.
-
-    Returns:
-        (B, N, H, D').
-    """
-    query, key, value = _grouped(query, key, value)
-    rows, kv_heads, group, length, _ = query.shape
-    out = query.new_empty(rows, length, kv_heads, group, value.shape[-1])
-    for part, seen, blocked in _blocks(query, offsets, window):
-        probs, _ = _probabilities(_rows(query, part) * scale, key[:, seen], blocked, group, softcap)
-        heads = torch.bmm(probs, value[:, seen]).view(rows, kv_heads, group, part.stop - part.start, -1)
-        out[:, part] = heads.permute(0, 3, 1, 2, 4)
-    return out.flatten(2, 3)
-
-
-@document_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Any, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])
-
-
-@torch.library.custom_op("litrecipes::document_attention_backward", mutates_args=())
-def document_attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offsets: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``document_attention``; the probabilities are computed again."""
-    grad = _grouped(grad, key, value)[0]
-    query, key, value = _grouped(query, key, value)
-    rows, kv_heads, group, length, size = query.shape
-    grad_query = query.new_empty(rows, length, kv_heads, group, size)
-    grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-    for part, seen, blocked in _blocks(query, offsets, window):
-        scaled, upstream = _rows(query, part) * scale, _rows(grad, part)
-        probs, slope = _probabilities(scaled, key[:, seen], blocked, group, softcap)
-        grad_value[:, seen] += torch.bmm(probs.mT, upstream)
-        grad_probs = torch.bmm(upstream, value[:, seen].mT)
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-        if slope is not None:
-            grad_scores.mul_(slope)
-        heads = torch.bmm(grad_scores, key[:, seen]).mul_(scale)
-        grad_query[:, part] = heads.view(rows, kv_heads, group, part.stop - part.start, size).permute(0, 3, 1, 2, 4)
-        grad_key[:, seen] += torch.bmm(grad_scores.mT, scaled)
-    grad_key, grad_value = (
-        g.view(rows, kv_heads, length, -1).transpose(1, 2).contiguous() for g in (grad_key, grad_value)
-    )
-    return grad_query.flatten(2, 3), grad_key, grad_value
-
-
-@document_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offsets: Any,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, offsets, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, offsets)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *document_attention_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
-
-
-document_attention.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query (B, K, G, N, D), so that a key head's queries are one matrix; key and value (B * K, N, D)."""
-    query = query.unflatten(2, (key.shape[2], -1)).permute(0, 2, 3, 1, 4)
-    key, value = (t.transpose(1, 2).flatten(0, 1) for t in (key, value))
-    return query, key, value
-
-
-def _rows(query_BKGND: Tensor, part: slice) -> Tensor:
-    """The queries of a block as (B * K, G * block, D)."""
-    return query_BKGND[:, :, :, part].flatten(0, 1).flatten(1, 2)
-
-
-def _blocks(query_BKGND: Tensor, offsets: Tensor | None, window: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Blocks of queries, the keys that a block sees, and what is hidden of the *last* of these keys.
-
-    Yields:
-        (queries, keys, hidden): ``hidden`` (block, columns) booleans over the last ``columns`` keys.
-    """
-    ends = [0, query_BKGND.shape[3]] if offsets is None else offsets.tolist()
-    places = torch.arange(_BLOCK, device=query_BKGND.device)
-    future = places[None, :] > places[:, None]
-    for start, stop in pairwise(ends):
-        for first in range(start, stop, _BLOCK):
-            last = min(first + _BLOCK, stop)
-            size = last - first
-            if window is None or last - start <= window:
-                yield slice(first, last), slice(start, last), future[:size, :size]
-                continue
-            oldest = max(start, first - window + 1)
-            behind = torch.arange(first, last, device=places.device)[:, None]
-            behind = behind - torch.arange(oldest, last, device=places.device)
-            yield slice(first, last), slice(oldest, last), (behind < 0) | (behind >= window)
-
-
-def _probabilities(
-    scaled: Tensor, key: Tensor, hidden: Tensor, group: int, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax of the scores, and the soft-cap's slope at them."""
-    scores = torch.bmm(scaled, key.mT)
-    slope = None
-    if softcap is not None:
-        bounded = scores.div_(softcap).tanh_()
-        slope = 1 - bounded * bounded
-        scores = bounded.mul_(softcap)
-    by_group = scores.view(scores.shape[0], group, -1, scores.shape[-1])
-    by_group[..., -hidden.shape[1] :].masked_fill_(hidden, float("-inf"))
-    return torch.softmax(scores, -1), slope
 
 
 def _softcapped(

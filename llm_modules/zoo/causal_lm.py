@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llm_modules.batch import IGNORE_INDEX, TokenScores
 from llm_modules.logprobs import DEFAULT_CHUNK
 from llm_modules.zoo.activations import ActivationOffload
-from llm_modules.zoo.attention import training_layout
+from llm_modules.zoo.attention import NAME, training_layout
 from llm_modules.zoo.context_parallel import ContextParallel, Slice, check_context_parallel
 from llm_modules.zoo.description import describe
 from llm_modules.zoo.estimate import token_flops
@@ -77,6 +77,7 @@ class CausalLM(nn.Module):
         self._description = describe(hf)
         self.flops = token_flops(hf)
         self.routing = routing_of(hf)
+        self._sharing: str | None = None
 
     def forward(
         self,
@@ -87,6 +88,8 @@ class CausalLM(nn.Module):
         max_document: int = 0,
         *,
         lengths: Tensor | None = None,
+        shared_keys: Tensor | None = None,
+        key_offsets: Tensor | None = None,
         statistics: bool = False,
         uniform: bool = False,
     ) -> TokenScores:
@@ -99,6 +102,7 @@ class CausalLM(nn.Module):
             document_offsets: (documents + 1,) int32 cumulative lengths of a packed row; None for padded rows.
             max_document: upper bound of a document's length in tokens (packed rows).
             lengths: (B,) int64 positions of each row before its padding; None: there is none.
+            shared_keys, key_offsets: as of ``PreferenceBatch``, where ``sharing_problem`` is None.
             statistics: also return the log-normalizer and the mean log-probability.
             uniform: the caller will give every log-probability the same gradient (see ``linear_logprobs``).
 
@@ -108,16 +112,23 @@ class CausalLM(nn.Module):
         """
         if self.context is None:
             part = Slice(input_ids, position_ids, targets, document_offsets)
-            return self._scores(part, max_document, statistics, uniform, lengths)
+            keys = {} if shared_keys is None else {"shared_keys": shared_keys, "cu_seq_lens_k": key_offsets}
+            return self._scores(part, max_document, statistics, uniform, lengths, keys)
         part = self.context.slice(input_ids, position_ids, targets, document_offsets)
         with self.context.own_random_numbers(input_ids.device) if self.training else nullcontext():
             scores = self._scores(part, max_document or input_ids.shape[1], statistics, uniform, None)
         return self.context.share(scores, targets)
 
     def _scores(
-        self, part: Slice, max_document: int, statistics: bool, uniform: bool, lengths: Tensor | None
+        self,
+        part: Slice,
+        max_document: int,
+        statistics: bool,
+        uniform: bool,
+        lengths: Tensor | None,
+        keys: dict[str, Any] | None = None,
     ) -> TokenScores:
-        outputs = self._decode(part.input_ids, part.position_ids, part.document_offsets, max_document)
+        outputs = self._decode(part.input_ids, part.position_ids, part.document_offsets, max_document, keys)
         hidden_BTH, targets = outputs.last_hidden_state, part.targets
         router: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.routing is not None and self._watches_router:
@@ -150,7 +161,12 @@ class CausalLM(nn.Module):
         return watched and self.training and torch.is_grad_enabled()
 
     def _decode(
-        self, input_ids: Tensor, position_ids: Tensor, document_offsets: Tensor | None, max_document: int
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        document_offsets: Tensor | None,
+        max_document: int,
+        keys: dict[str, Any] | None = None,
     ) -> Any:
         """The base model's output: ``last_hidden_state``; ``router_logits`` in training of a mixture of experts."""
         layout: dict[str, Any] = {}
@@ -166,7 +182,7 @@ class CausalLM(nn.Module):
                 "cu_seq_lens_k": document_offsets,
                 "max_length_q": longest,
                 "max_length_k": longest,
-            }
+            } | (keys or {})
         if self.context is not None:
             layout["context_parallel"] = self.context
         if self._watches_router:
@@ -231,6 +247,21 @@ class CausalLM(nn.Module):
             for layer, disabled in zip(layers, before, strict=True):
                 layer._disable_adapters = disabled
             self.virtual = virtual
+
+    @property
+    def sharing_problem(self) -> str | None:
+        """Why documents cannot share what they begin with in this model, or None."""
+        if self.virtual is not None:
+            return "virtual tokens stand before each of them"
+        if self.context is not None:
+            return "context parallelism deals out the positions of whole documents"
+        if self.hf.config._attn_implementation != NAME:
+            return f"attention {self.hf.config._attn_implementation!r} has nothing for that"
+        if self._sharing is None:
+            from llm_modules.zoo.probe import sharing_problem
+
+            self._sharing = self.packing_problem or sharing_problem(self.hf.config) or ""
+        return self._sharing or None
 
     def split_positions(self, group: Any, tensor: int = 1) -> None:
         """From now on each rank of a process group computes a slice of the same rows (see ``ContextParallel``).

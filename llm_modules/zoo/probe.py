@@ -119,6 +119,33 @@ def try_slices(config: PretrainedConfig) -> str | None:
     return None if _close(torch.cat(slices, 1), whole) else "its layers see other positions by more than attention"
 
 
+def sharing_problem(config: PretrainedConfig) -> str | None:
+    """Why two documents of this family cannot share what they begin with, or None; a small copy is tried."""
+    return None if config.model_type in PROVED else try_sharing(config)
+
+
+def try_sharing(config: PretrainedConfig) -> str | None:
+    """See ``sharing_problem``; also tries families that the tests vouch for."""
+    trial = _trial_model(config, NAME)
+    shared, rests = 7, (9, 5)
+    ids = torch.arange(shared + sum(rests))[None] * 7 % 61 + 1
+    wholes = [torch.cat([torch.arange(shared), part]) for part in torch.arange(shared, ids.shape[1]).split(rests)]
+    positions = torch.cat([torch.arange(shared), *(shared + torch.arange(n) for n in rests)])[None]
+    ends = torch.tensor([0, shared, *rests]).cumsum(0).int()
+    keys = {
+        "shared_keys": torch.cat([torch.arange(shared), *wholes]),
+        "cu_seq_lens_k": torch.tensor([0, shared, *(len(whole) for whole in wholes)]).cumsum(0).int(),
+    }
+    try:
+        with torch.no_grad():
+            once = trial._decode(ids, positions, ends, shared + max(rests), keys).last_hidden_state
+            alone = [trial.hidden_states(ids[:, whole], positions[:, whole])[:, shared:] for whole in wholes]
+    except (ValueError, RuntimeError, TypeError) as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    same = _close(once[:, shared:], torch.cat(alone, 1))
+    return None if same else "its layers see other positions by more than attention"
+
+
 class _Alone:
     """In the place of ``ContextParallel``: each position's attention is its own value."""
 

@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1x8": {"batch_size": 1, "accumulate": 8},
     "packed 8x1": {"packing": "batch"},
     "packed 2x4": {"packing": "batch", "batch_size": 2, "accumulate": 4},
+    "packed 8x1, prompts apart": {"packing": "batch", "share_prompts": False},
     "checkpointed, packed": {"activation_checkpointing": True, "packing": "batch"},
 }
 
@@ -80,6 +81,7 @@ def run(settings: dict[str, Any]) -> tuple[list[dict[str, Tensor]], list[float],
         sources=[{"path": settings["path"]}],  # type: ignore[list-item]
         batch_size=settings["batch_size"],
         packing=settings["packing"],
+        share_prompts=settings.get("share_prompts", True),
         validation_fraction=0.0,
         tokenizer="builtin:bytes",
         chat_template="chatml",
@@ -140,6 +142,21 @@ def test_the_adapter_switched_off_is_the_copy_of_the_base(tmp_path: Path) -> Non
     assert abs(off[1][0] - math.log(2)) > 1e-3  # the policy has moved: the reference counts
     assert off[1] == pytest.approx(copy[1], rel=1e-6)
     assert_same_gradient(off[0][0], copy[0][0])
+
+
+VIRTUAL = {"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_tokens": 3}}
+
+
+def test_what_cannot_share_a_prompt_computes_it_twice_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"objective": "DPO", "path": str(write_pairs(tmp_path)), "cache": str(tmp_path / "cache")}
+    settings |= REFERENCE | {"adapter": VIRTUAL, "batch_size": 2, "accumulate": 4}
+    expected = run(settings)[0][0]
+    assert "share_prompts" not in capsys.readouterr().err
+    assert_same_gradient(run(settings | {"packing": "batch"})[0][0], expected)
+    said = capsys.readouterr().err
+    assert said.count("data.share_prompts: each prompt is computed for both of its answers: virtual tokens") == 1
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_too_long_can_be_an_error() -> None:
         encoder(60, "error")([row(prompt="a" * 90, chosen="b", rejected="c")])
 
 
-def data(folder: Path, packing: Any, rows: int = 8) -> PreferenceDataModule:
+def data(folder: Path, packing: Any, rows: int = 8, share_prompts: bool = False) -> PreferenceDataModule:
     lines = [{"prompt": f"q{i} " * (1 + i % 4), "chosen": "yes " * (i + 1), "rejected": f"no {i}"} for i in range(rows)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = PreferenceDataModule(
@@ -132,6 +132,7 @@ def data(folder: Path, packing: Any, rows: int = 8) -> PreferenceDataModule:
         batch_size=4,
         validation_fraction=0.0,
         packing=packing,
+        share_prompts=share_prompts,
         cache_dir=str(folder / "cache"),
     )
     made.prepare_data()
@@ -170,11 +171,67 @@ def test_a_rank_without_rows_counts_no_pair(tmp_path: Path) -> None:
     assert empty.counts() == {"tokens": 0.0, "positions": 0.0, "pairs": 0.0, "tokens_chosen": 0.0}
 
 
-def test_built_in_pairs_are_right_and_wrong_answers_to_the_same_question() -> None:
+def test_built_in_pairs_are_right_and_worse_answers_to_the_same_question() -> None:
     from llm_modules.data.python_docs import conversations, preferences
 
     right = {r["id"]: r["messages"][-1]["content"] for r in conversations("validation")}
     pairs = list(preferences("validation"))
     assert len(pairs) > 200
     assert all(pair["chosen"] == right[pair["id"]] != pair["rejected"] for pair in pairs)
-    assert {pair["rejected"] for pair in pairs} <= set(right.values())
+    broken = [pair for pair in pairs if pair["chosen"].startswith(pair["rejected"]) and pair["rejected"][-1] != "."]
+    assert 0.3 * len(pairs) < len(broken) < 0.7 * len(pairs)
+    assert {pair["rejected"] for pair in pairs if pair not in broken} <= set(right.values())
+
+
+def test_a_shared_prompt_is_there_once(tmp_path: Path) -> None:
+    """All but the last of its tokens; taken apart, the batch is the one in which nothing is shared."""
+    shared, apart = (data(tmp_path, "batch", share_prompts=share) for share in (True, False))
+    for once, twice in zip(shared.train_dataloader(), apart.train_dataloader(), strict=True):
+        assert once.document_offsets is not None
+        documents = once.input_ids[0].tensor_split(once.document_offsets[1:-1].long())
+        texts = [shared.prepared_tokenizer.decode(document) for document in documents]
+        for prompt, chosen, rejected in zip(texts[::3], texts[1::3], texts[2::3], strict=True):
+            assert prompt.endswith("<|im_end|>\n<|im_start|>assistant")
+            assert chosen.startswith("\nyes yes" if "yes yes" in chosen else "\nyes")
+            assert rejected.startswith("\nno ")
+        assert once.input_ids.numel() < 0.8 * twice.input_ids.numel()
+        assert once.counts() | {"positions": 0.0} == twice.counts() | {"positions": 0.0}
+        again = once.apart()
+        for name in ("input_ids", "labels", "position_ids", "document_offsets"):
+            assert torch.equal(getattr(again, name), getattr(twice, name)), name
+        assert torch.equal(again.answer_of(torch.arange(20)), twice.answer_of(torch.arange(20)))
+        assert again.shared_keys is None
+
+
+@pytest.mark.parametrize(
+    ("pair", "common"),
+    [
+        (
+            {"prompt": "a", "chosen": "same x", "rejected": "same y"},
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        ({"chosen": [USER, answer("b"), USER, answer("c")], "rejected": [USER, answer("b"), USER, answer("d")]}, None),
+    ],
+)
+def test_answers_that_begin_alike_share_their_prompt_alone(
+    pair: dict[str, Any], common: str | None, tmp_path: Path
+) -> None:
+    """What is predicted is of one answer."""
+    (tmp_path / "rows.jsonl").write_text((json.dumps(pair) + "\n") * 2)
+    module = PreferenceDataModule(
+        sources=[{"path": str(tmp_path / "rows.jsonl")}],  # type: ignore[list-item]
+        tokenizer="builtin:bytes",
+        chat_template="chatml",
+        sequence_length=128,
+        batch_size=2,
+        validation_fraction=0.0,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    module.prepare_data()
+    module.setup("fit")
+    (batch,) = module.train_dataloader()
+    first = batch.input_ids[0, : batch.document_offsets[1] + 1]
+    text = module.prepared_tokenizer.decode(first)
+    assert text.endswith("<|im_start|>assistant\n")
+    assert common is None or text == common
+    assert (batch.labels[0, : batch.document_offsets[1] + 1] == IGNORE_INDEX).all()

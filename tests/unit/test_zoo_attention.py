@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_modules.zoo.attention import document_attention, packed_attention, packed_mask, training_layout
+from llm_modules.zoo.attention import packed_attention, packed_mask, training_layout
+from llm_modules.zoo.document_attention import document_attention
 
 MODULE: Any = SimpleNamespace(is_causal=True, training=True, num_key_value_groups=2)
 
@@ -58,6 +59,55 @@ def test_documents_of_many_lengths(window: int | None, softcap: float | None) ->
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
+def families() -> tuple[list[int], list[int], Tensor]:
+    """Ends of documents, ends of their keys, and the keys, of prompts of three lengths with two answers each."""
+    lengths, keys = [], []
+    for prompt, answers in ((150, (140, 3)), (0, (5, 1)), (7, (300, 128))):
+        start = sum(lengths)
+        parts = [(start, start + prompt)]
+        for answer in answers:
+            parts.append((parts[-1][1], parts[-1][1] + answer))
+        lengths += [stop - first for first, stop in parts]
+        keys += [torch.arange(*parts[0])] + [torch.cat([torch.arange(*parts[0]), torch.arange(*p)]) for p in parts[1:]]
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    return ends, torch.tensor([0, *map(len, keys)]).cumsum(0).tolist(), torch.cat(keys)
+
+
+def each_apart(inputs: list[Tensor], window: int | None, softcap: float | None) -> Tensor:
+    """By the definition: every document with what it begins with before it."""
+    ends, key_ends, keys = families()
+    out = []
+    for (start, stop), (begin, end) in zip(pairwise(ends), pairwise(key_ends), strict=True):
+        own = keys[begin:end]
+        whole = written_out(*(t[:, own] for t in inputs), [0, len(own)], 0.3, window, softcap)  # type: ignore[arg-type]
+        out.append(whole[:, len(own) - (stop - start) :])
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (1, None), (5, 0.7), (150, None), (200, None)])
+def test_documents_that_share_what_they_begin_with(window: int | None, softcap: float | None) -> None:
+    ends, key_ends, keys = families()
+    inputs = tensors(1, ends[-1])
+    got, _ = packed_attention(
+        MODULE,
+        *(tensor.transpose(1, 2) for tensor in inputs),
+        attention_mask=None,
+        scaling=0.3,
+        sliding_window=window,
+        softcap=softcap,
+        cu_seq_lens_q=torch.tensor(ends, dtype=torch.int32),
+        cu_seq_lens_k=torch.tensor(key_ends, dtype=torch.int32),
+        shared_keys=keys,
+    )
+    expected = each_apart(inputs, window, softcap)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(got)
+    for one, other in zip(
+        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_rows_without_offsets_are_documents_each(window: int | None) -> None:
     inputs = tensors(3, 140, value_size=6)
@@ -85,6 +135,9 @@ def test_operator_is_registered_right() -> None:
     for window, softcap in ((None, None), (4, 0.5)):
         torch.library.opcheck(document_attention, (*tensors(1, 17), offsets, 0.3, window, softcap))
     torch.library.opcheck(document_attention, (*tensors(2, 17), None, 0.3, None, None))
+    query, (_, key, value) = tensors(1, 17)[0], tensors(1, 24)
+    more = torch.tensor([0, 3, 14, 24], dtype=torch.int32)
+    torch.library.opcheck(document_attention, (query, key, value, offsets, 0.3, 4, None, more))
 
 
 def test_no_matrix_of_all_positions_is_made() -> None:
@@ -149,6 +202,34 @@ def test_cuda_agrees_with_the_definition(ends: list[int] | None, window: int | N
         softcap=softcap,
         cu_seq_lens_q=offsets,
         max_length_q=690,
+    )
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    got.backward(upstream.cuda().bfloat16())
+    assert (got.cpu() - expected).norm() <= 0.01 * expected.norm()
+    for one, other in zip(half, exact, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert (one.grad.cpu() - other.grad).norm() <= 0.02 * other.grad.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 5, 200])
+def test_cuda_agrees_on_documents_that_share_what_they_begin_with(window: int | None) -> None:
+    ends, key_ends, keys = families()
+    exact = tensors(1, ends[-1])
+    expected = each_apart(exact, window, None)
+    half = [tensor.detach().cuda().bfloat16().requires_grad_() for tensor in exact]
+    got, _ = packed_attention(
+        MODULE,
+        *(tensor.transpose(1, 2) for tensor in half),
+        attention_mask=None,
+        scaling=0.3,
+        sliding_window=window,
+        cu_seq_lens_q=torch.tensor(ends, dtype=torch.int32, device="cuda"),
+        cu_seq_lens_k=torch.tensor(key_ends, dtype=torch.int32, device="cuda"),
+        shared_keys=keys.cuda(),
+        max_length_q=500,
     )
     upstream = torch.randn_like(expected)
     expected.backward(upstream)

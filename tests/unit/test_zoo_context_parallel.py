@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from llm_modules.strategies import ShardedStrategy
 from llm_modules.zoo.attention import packed_attention, register
 from llm_modules.zoo.context_parallel import check_context_parallel
-from llm_modules.zoo.probe import try_slices
+from llm_modules.zoo.probe import try_sharing, try_slices
 from llm_modules.zoo.routing import Routing
 from tests.parity.test_zoo_families import COMMON, FAMILIES, config_of
 
@@ -31,6 +31,7 @@ def model(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_every_family_that_is_vouched_for_only_attention_sees_other_positions(family: str) -> None:
     assert try_slices(config_of(family)) is None
+    assert try_sharing(config_of(family)) is None
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,15 @@ def test_in_every_family_that_is_vouched_for_only_attention_sees_other_positions
 def test_families_that_look_further_are_refused(family: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^strategy.context_parallel: 2 is not for .* by more than attention; set it"):
         check_context_parallel(model(family, **changes), 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("stablelm", {}), ("lfm2", {"layer_types": ["conv", "full_attention"]}), ("recurrent_gemma", {})],
+)
+def test_families_that_look_further_share_no_prompt(family: str, changes: dict[str, Any]) -> None:
+    config = AutoConfig.for_model(family, **COMMON, **changes)
+    assert try_sharing(config) is not None
 
 
 ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
