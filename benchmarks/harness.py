@@ -148,16 +148,17 @@ def compare(sides: list[Side], work: Path, *, repetitions: int) -> dict[str, lis
 
 
 def measures(run: Run, warmup: int) -> Run:
-    """Seconds a step after the warm-up, and memory, of one process."""
+    """Seconds a step after the warm-up, and memory, of one process (of its device, where that is no CPU)."""
     first, last = run["ticks"][warmup], run["ticks"][-1]
     steps = len(run["ticks"]) - 1 - warmup
     facts = run["facts"]
+    peak = facts.get("device_allocated_mib") or facts["peak_mib"]
     return {
         "wall": (last["wall"] - first["wall"]) / steps,
         "cpu": (last["cpu"] - first["cpu"]) / steps,
         "warmup_wall": first["wall"] - run["ticks"][0]["wall"],
-        "peak_mib": facts["peak_mib"],
-        "growth_mib": facts["peak_mib"] - facts["imported_mib"],
+        "peak_mib": peak,
+        "growth_mib": peak if "device_allocated_mib" in facts else peak - facts["imported_mib"],
         "final_loss": run["losses"][-1],
         "timed_steps": steps,
     }

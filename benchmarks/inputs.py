@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = 16384
 SEQUENCE = 512
@@ -26,6 +27,13 @@ SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, 
 """33.8 M parameters with the vocabulary and tied embeddings."""
 
 
+LARGE_SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+"""1.0 B parameters, for a GPU: Llama 3.2 1B's with this vocabulary."""
+
+
 def data_folder() -> Path:
     folder = os.environ.get("LITRECIPES_DATA")
     if not folder or not Path(folder).is_dir():
@@ -39,11 +47,34 @@ def dolly_rows() -> list[dict[str, str]]:
     return [{"instruction": r["instruction"].strip(), "response": r["response"].strip()} for r in rows]
 
 
+def preference_pairs() -> list[dict[str, Any]]:
+    """hh-rlhf's helpful pairs as messages (``prompt``, ``chosen``, ``rejected``), without those that are no pairs."""
+    from llm_modules.data.preferences import preference_pair
+    from llm_modules.data.sources import Row
+
+    path = data_folder() / "hh_rlhf" / "helpful-base.jsonl"
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            pair = preference_pair(Row(json.loads(line), path.name, number))
+        except ValueError:
+            continue
+        answers = {side: [pair.conversation(getattr(pair, side))[-1]] for side in ("chosen", "rejected")}
+        found.append({"prompt": pair.prompt, **answers})
+    return found
+
+
 def book_text() -> str:
     return "\n\n".join(p.read_text(encoding="utf-8") for p in sorted((data_folder() / "books").glob("*.txt")))
 
 
-def write_model(folder: Path, texts: Iterable[str], sequence: int = SEQUENCE, vocabulary: int = VOCABULARY) -> None:
+def write_model(
+    folder: Path,
+    texts: Iterable[str],
+    sequence: int = SEQUENCE,
+    vocabulary: int = VOCABULARY,
+    shape: dict[str, int] = SHAPE,
+) -> None:
     """A byte-level BPE tokenizer trained on ``texts``, and a Llama with seeded random weights, as a HF folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -64,8 +95,7 @@ def write_model(folder: Path, texts: Iterable[str], sequence: int = SEQUENCE, vo
     tokenizer.model_max_length = sequence
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
-        **SHAPE,
-        num_key_value_heads=SHAPE["num_attention_heads"],
+        **{"num_key_value_heads": shape["num_attention_heads"]} | shape,
         vocab_size=vocabulary,
         max_position_embeddings=sequence,
         tie_word_embeddings=True,

@@ -1,4 +1,4 @@
-"""Writes the folder that all sides of a comparison start from: ``python -m benchmarks.prepare sft|pretrain FOLDER``.
+"""Writes the folder that all sides of a comparison start from: ``python -m benchmarks.prepare NAME FOLDER``.
 
 The order of training is that of our DataModule, which shuffles; it is written down for the peers, who are told to keep
 the order of their file. The check of the harness proves that each step then sees the same tokens.
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import inputs
-from llm_modules.data import ConversationDataModule, TextDataModule
+from benchmarks import harness, inputs
+from llm_modules.data import ConversationDataModule, PreferenceDataModule, TextDataModule
 
 SEED = 1234
 
@@ -56,15 +56,43 @@ def pretrain(work: Path) -> None:
     print(f"{len(rows)} rows of {rows.shape[1]} tokens")
 
 
-def _common(work: Path, texts: list[str]) -> Any:
+def dpo(work: Path) -> None:
+    """The pairs of which both conversations fit, so that nobody cuts any off."""
+    device, shape = ("cuda", inputs.LARGE_SHAPE) if torch.cuda.is_available() else ("cpu", inputs.SHAPE)
+    precision = "bf16-mixed" if device == "cuda" or harness.machine()["bf16_instructions"] else "32-true"
+    pairs = inputs.preference_pairs()
+    talks = [[*pair["prompt"], *pair[side]] for pair in pairs for side in ("chosen", "rejected")]
+    texts = [message["content"] for talk in talks for message in talk]
+    batch = inputs.BATCH * (4 if device == "cuda" else 1)
+    tokenizer = _common(work, texts, shape, lr=5e-6, device=device, precision=precision, batch=batch)
+    ids = [tokenizer.apply_chat_template(talk)["input_ids"] for talk in talks]
+    fitting = {
+        (tuple(ids[2 * i]), tuple(ids[2 * i + 1])): pair
+        for i, pair in enumerate(pairs)
+        if max(len(ids[2 * i]), len(ids[2 * i + 1])) <= inputs.SEQUENCE
+    }
+    _write_rows(work / "pairs.jsonl", list(fitting.values()))
+    module = PreferenceDataModule(**_arguments(work, work / "pairs.jsonl", "batch"), share_prompts=False)
+    module.prepare_data()
+    module.setup()
+    ordered = []
+    for batch in module.train_dataloader():
+        documents = [tuple(part.tolist()) for part in batch.input_ids[0].split(batch.document_offsets.diff().tolist())]
+        ordered += [fitting[both] for both in zip(documents[::2], documents[1::2], strict=True)]
+    _write_rows(work / "rows.jsonl", ordered)
+    tokens = sum(len(one) + len(other) for one, other in fitting)
+    print(f"{len(ordered)} pairs, {tokens / len(fitting):.0f} tokens each")
+
+
+def _common(work: Path, texts: list[str], shape: dict[str, Any] = inputs.SHAPE, **changes: Any) -> Any:
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "model" / "model.safetensors").exists():
-        inputs.write_model(work / "model", texts)
+        inputs.write_model(work / "model", texts, shape=shape)
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
     settings = {
         "sequence": inputs.SEQUENCE, "batch": inputs.BATCH, "lr": 2e-4, "clip": 1.0, "precision": "bf16-mixed",
-        "pad": tokenizer.pad_token_id,
-    }  # fmt: skip
+        "pad": tokenizer.pad_token_id, "device": "cpu",
+    } | changes  # fmt: skip
     (work / "settings.json").write_text(json.dumps(settings))
     return tokenizer
 
@@ -77,9 +105,9 @@ def _arguments(work: Path, source: Path, packing: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    {"sft": sft, "pretrain": pretrain}[sys.argv[1]](Path(sys.argv[2]))
+    {"sft": sft, "pretrain": pretrain, "dpo": dpo}[sys.argv[1]](Path(sys.argv[2]))

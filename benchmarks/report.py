@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.inputs import data_folder
+from benchmarks.inputs import BATCH, data_folder
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Comparison:
         name: of the work folder, the report, and the part of ``prepare.py`` that makes the inputs.
         sides: all there are; ``default`` names those that run unless told otherwise, ours first.
         baselines: sides that the others' ratios are taken to, where they ran; one table each.
-        unit: what is counted; ``units_a_step`` of them in an optimizer step.
+        unit: what is counted; ``units_a_step`` of them in an optimizer step of ``BATCH`` rows.
     """
 
     name: str
@@ -57,7 +58,8 @@ def main(comparison: Comparison, here: Path) -> None:
         runs = harness.compare(sides, work, repetitions=options.repetitions)
     except (harness.BenchmarkError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"benchmarks: nothing to report: {error}") from error
-    units = dict.fromkeys(runs, float(comparison.units_a_step))
+    batch = json.loads((work / "settings.json").read_text())["batch"]
+    units = dict.fromkeys(runs, comparison.units_a_step * batch / BATCH)
     summaries = [
         harness.summarize(runs, baseline, comparison.unit, units)
         for baseline in comparison.baselines

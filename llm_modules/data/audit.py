@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 SAMPLE_TOKENS = 400
 ANSI = ("\x1b[32m", "\x1b[0m")
 BRACKETS = ("⟦", "⟧")
+_TURNS = ("turns", "turns without end")
 
 
 @dataclass
@@ -103,7 +105,9 @@ def audit_corpus(
     outside = sum(int((store.tokens >= size).sum()) for store in corpus.stores) if largest >= size else 0
     rows = plan.lengths()
     positions = int(rows.sum()) if flat else _padded(rows, rows_per_batch)
-    counted = [store.meta["counts"] for store in corpus.stores]
+    made = Counter(dict.fromkeys(_TURNS, 0))
+    for store in corpus.stores:
+        made.update(store.meta["counts"])
     percentiles = (0, 50, 90, 99, 100)
     found = np.percentile(lengths, percentiles, method="higher") if len(lengths) else [0] * len(percentiles)
     report = AuditReport(
@@ -115,9 +119,9 @@ def audit_corpus(
         positions=positions,
         padding=1 - int(rows.sum()) / max(positions, 1),
         lengths={p: int(length) for p, length in zip(percentiles, found, strict=True)},
-        counts=dict(corpus.counts),
-        turns=sum(counts.get("turns", 0) for counts in counted),
-        endless=sum(counts.get("turns without end", 0) for counts in counted),
+        counts=corpus.counts | {name: count for name, count in made.items() if name not in _TURNS},
+        turns=made["turns"],
+        endless=made["turns without end"],
         outside=outside,
         largest=largest,
     )

@@ -12,7 +12,7 @@ import torch
 from llm_modules.batch import PreferenceBatch
 from llm_modules.data.collation import Collator
 from llm_modules.data.packing import Indices, Packing
-from llm_modules.data.preferences import PreferenceEncoder, TooLongPair, preference_pair
+from llm_modules.data.preferences import BadPair, PreferenceEncoder, TooLongPair, preference_pair
 from llm_modules.data.sources import Row
 from llm_modules.data.templates import set_template
 from llm_modules.data.token_datamodule import Prompt, TokenDataModule
@@ -32,6 +32,8 @@ class PreferenceDataModule(TokenDataModule):
             tokenizer's own.
         packing: `batch`: the documents of a batch in one row without padding; `none`: padded.
         share_prompts: in a packed row, what both conversations of a pair begin with is there, and computed, once.
+        bad_pairs: rows that are no pair (an answer that is empty or equal to the other, prompts that differ): `error`,
+            or `drop`, which the audit counts.
         too_long: pairs with a conversation longer than sequence_length: `truncate`, `drop` or `error`.
     """
 
@@ -42,6 +44,7 @@ class PreferenceDataModule(TokenDataModule):
         packing: Packing = "batch",
         too_long: TooLongPair = "truncate",
         share_prompts: bool = True,
+        bad_pairs: BadPair = "error",
         **kwargs: Any,
     ) -> None:
         if packing not in ("batch", "none"):
@@ -49,6 +52,9 @@ class PreferenceDataModule(TokenDataModule):
         super().__init__(packing=packing, **kwargs)
         if too_long not in ("truncate", "drop", "error"):
             raise ValueError(f"data.too_long: {too_long!r} is not one of truncate, drop, error")
+        if bad_pairs not in ("error", "drop"):
+            raise ValueError(f"data.bad_pairs: {bad_pairs!r} is not one of error, drop")
+        self.bad_pairs: BadPair = bad_pairs
         self.chat_template = chat_template
         self.too_long_pair: TooLongPair = too_long
         self.share_prompts = share_prompts
@@ -64,7 +70,7 @@ class PreferenceDataModule(TokenDataModule):
         return tokenizer
 
     def make_encoder(self, tokenizer: PreTrainedTokenizerBase) -> PreferenceEncoder:
-        return PreferenceEncoder(tokenizer, self.sequence_length, self.too_long_pair)
+        return PreferenceEncoder(tokenizer, self.sequence_length, self.too_long_pair, self.bad_pairs)
 
     def make_prompt(self, row: Row) -> tuple[Prompt, str]:
         pair = preference_pair(row)

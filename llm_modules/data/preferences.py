@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 TooLongPair = Literal["truncate", "drop", "error"]
+BadPair = Literal["error", "drop"]
 
 _TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -134,21 +135,29 @@ class PreferenceEncoder:
         sequence_length: tokens of a conversation at most.
         too_long: what becomes of a pair with a longer one: ``truncate``: its end is cut off, unless nothing of the
             answer would be left; ``drop``; ``error``.
+        bad_pairs: what becomes of a row that is no pair (answers that are empty or the same, prompts that differ, ...):
+            ``error``; ``drop``: it is counted.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, too_long: TooLongPair = "truncate"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        too_long: TooLongPair = "truncate",
+        bad_pairs: BadPair = "error",
     ) -> None:
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.too_long: TooLongPair = too_long
+        self.bad_pairs: BadPair = bad_pairs
         self._conversations = ConversationEncoder(tokenizer, "messages", "last")
 
     def description(self) -> dict[str, Any]:
-        return {"kind": "preference", "sequence_length": self.sequence_length, "too_long": self.too_long}
+        names = ("sequence_length", "too_long", "bad_pairs")
+        return {"kind": "preference"} | {name: getattr(self, name) for name in names}
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
-        pairs = [preference_pair(row) for row in rows]
+        pairs, bad = zip(*map(self._pair, rows), strict=True)
         both = [
             row._replace(columns={"messages": pair.conversation(answer)}, mapped=frozenset())
             for row, pair in zip(rows, pairs, strict=True)
@@ -158,6 +167,7 @@ class PreferenceEncoder:
         assert encoded.trained is not None
         tokens, trained, lengths, splits = [], [], [], []
         counts = {**encoded.counts, "pairs longer than the sequence length": 0, "pairs dropped as too long": 0}
+        counts["rows dropped that are no pair"] = sum(bad)
         stops = np.cumsum(encoded.lengths)
         starts = stops - encoded.lengths
         for number, row in enumerate(rows):
@@ -166,7 +176,8 @@ class PreferenceEncoder:
             for part in parts:
                 tokens.append(encoded.tokens[part])
                 # Without a token to predict, the pair is left out when the parts are dealt.
-                trained.append(np.zeros(part.stop - part.start, dtype=np.bool_) if drop else encoded.trained[part])
+                none = np.zeros(part.stop - part.start, dtype=np.bool_)
+                trained.append(none if drop or bad[number] else encoded.trained[part])
             splits.append(parts[0].stop - parts[0].start)
             lengths.append(sum(part.stop - part.start for part in parts))
         return Encoded(
@@ -180,6 +191,15 @@ class PreferenceEncoder:
             counts=counts,
             splits=np.array(splits, dtype=np.int64),
         )
+
+    def _pair(self, row: Row) -> tuple[Pair, bool]:
+        """The pair of a row, and whether it is a stand-in that is not to be dealt."""
+        try:
+            return preference_pair(row), False
+        except ValueError as error:
+            if self.bad_pairs == "error":
+                raise ValueError(f"{error} (data.bad_pairs is 'error'; allowed too: drop)") from error
+            return Pair([{"role": "user", "content": "-"}], "-", "-"), True
 
     def _fitted(
         self, row: Row, parts: list[slice], trained: np.ndarray, counts: dict[str, int]

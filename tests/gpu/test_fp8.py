@@ -62,8 +62,9 @@ def test_the_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [name for name, module in model.named_modules() if "Float8" in type(module).__name__]
 
 
-def test_what_the_emulation_promises_holds(tmp_path: Path) -> None:
-    """The hardware's products are those of the emulation, which the tests on CPUs rely on."""
+def test_what_the_emulation_promises_holds() -> None:
+    """The hardware's products are those of the emulation, which the tests on CPUs rely on, but for how they are summed
+    (and, in half precision, rounded): far nearer than fp8 is to bf16."""
     from llm_modules.tokenizer import byte_tokenizer
     from llm_modules.zoo import Backbone
 
@@ -71,16 +72,18 @@ def test_what_the_emulation_promises_holds(tmp_path: Path) -> None:
         "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
     }  # fmt: skip
-    ids = torch.arange(40, 77, device="cuda")[None]  # 37 tokens: padded inside, where they are summed over
-    positions = torch.arange(37, device="cuda")[None]
-    hidden, gradients = [], []
-    for kind in (True, "emulated"):
+    generator = torch.Generator().manual_seed(5)
+    states = torch.randn(37, 256, generator=generator).cuda()  # 37 tokens: padded inside, where they are summed over
+    upstream = torch.randn(37, 512, generator=generator).cuda()
+    found: dict[object, list[torch.Tensor]] = {}
+    for kind in (True, "emulated", False):
         backbone = Backbone(config=config, fp8=kind)
         model = backbone.build(tokenizer=byte_tokenizer(), sequence_length=64, seed=3).cuda()
+        layer, inputs = model.hf.model.layers[0].mlp.up_proj, states.clone().requires_grad_()
         with torch.autocast("cuda", torch.bfloat16):
-            states = model.hidden_states(ids, positions)
-        states.float().square().sum().backward()
-        hidden.append(states.float())
-        gradients.append(model.hf.model.layers[0].mlp.up_proj.weight.grad)
-    for actual, expected in (hidden, gradients):
-        assert ((actual - expected).norm() / expected.norm()) < 2e-2
+            out = layer(inputs)
+        out.backward(upstream.to(out.dtype))
+        found[kind] = [out.detach().float(), inputs.grad.float(), layer.weight.grad.float()]
+    for actual, expected, exact in zip(*found.values(), strict=True):
+        assert (actual - expected).norm() < 5e-3 * expected.norm()
+        assert (actual - exact).norm() > 2e-2 * exact.norm()

@@ -121,6 +121,35 @@ def test_too_long_can_be_an_error() -> None:
         encoder(60, "error")([row(prompt="a" * 90, chosen="b", rejected="c")])
 
 
+def test_rows_that_are_no_pair_can_be_dropped_and_are_counted(tmp_path: Path) -> None:
+    good = {"prompt": "2 + 2?", "chosen": GOOD, "rejected": BAD}
+    bad = [
+        {**good, "rejected": GOOD},
+        {"chosen": HH + GOOD, "rejected": "\n\nHuman: ?\n\nAssistant: 5"},
+        {"chosen": "x"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [bad[0], good, *bad[1:]]))
+    module = PreferenceDataModule(
+        sources=[{"path": str(tmp_path / "rows.jsonl")}],  # type: ignore[list-item]
+        tokenizer="builtin:bytes",
+        chat_template="chatml",
+        sequence_length=128,
+        batch_size=1,
+        validation_fraction=0.0,
+        bad_pairs="drop",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    module.prepare_data()
+    module.setup("fit")
+    (batch,) = module.train_dataloader()
+    assert module.corpus.origin(batch.rows[0]).endswith("rows.jsonl:2")
+    assert "rows dropped that are no pair: 3" in module.audit().lines
+    with pytest.raises(
+        ValueError, match=r"pairs.jsonl:7: chosen and rejected are the same.*bad_pairs.*allowed too: drop"
+    ):
+        encoder()([row(**{**good, "chosen": BAD})])
+
+
 def data(folder: Path, packing: Any, rows: int = 8, share_prompts: bool = False) -> PreferenceDataModule:
     lines = [{"prompt": f"q{i} " * (1 + i % 4), "chosen": "yes " * (i + 1), "rejected": f"no {i}"} for i in range(rows)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,93 @@
+"""The sides of the comparison of preference tuning. Run by ``dpo_trl.py``, each in a process of its own:
+
+``python -m benchmarks.dpo_sides SIDE --work FOLDER --out FILE --steps N [--check]``
+
+``FOLDER`` holds ``model/`` (weights and tokenizer), ``rows.jsonl`` (in the order of training), ``pairs.jsonl`` (the
+same in the order of the data set) and ``settings.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.recorder import Recorder
+from benchmarks.sft_sides import Settings, run
+
+
+def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, **variant: Any) -> None:
+    """DPOTrainer as its documentation has it: conversational rows, its defaults, and what all sides share."""
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    recorder.start()
+    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    arguments = {
+        "output_dir": str(work / "trl-output"),
+        "max_length": settings["sequence"],
+        "beta": 0.1,
+        "per_device_train_batch_size": settings["batch"],
+        "learning_rate": settings["lr"],
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": settings["clip"],
+        "weight_decay": 0.0,
+        "bf16": settings["precision"] == "bf16-mixed",
+        "max_steps": steps,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": settings["device"] == "cpu",
+        "logging_steps": 1 if recorder.check else min(10, steps),
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 1234,
+    }
+    model = AutoModelForCausalLM.from_pretrained(work / "model")
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(**(arguments | variant)),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(work / "model"),
+    )
+    recorder.watch(model)
+    recorder.facts["arguments"] = {k: str(v) for k, v in (arguments | variant).items() if k != "output_dir"}
+    recorder.facts["optimizer"] = trainer.args.optim
+    recorder.facts["gradient_checkpointing"] = trainer.args.gradient_checkpointing
+    trainer.train()
+    recorder.finish([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+def trl_no_checkpointing(*args: Any) -> None:
+    """TRL with the default that costs it the most time turned off."""
+    trl(*args, gradient_checkpointing=False)
+
+
+def recipe(work: Path, settings: Settings, recorder: Recorder, steps: int, *overrides: str) -> None:
+    """Ours; in a check run with every prompt computed for both of its answers, so that its tokens are those of TRL."""
+    from benchmarks.recipe_side import fit
+
+    apart = ("--data.init_args.share_prompts", "false") if recorder.check else ()
+    where = ("--trainer.accelerator", "cpu" if settings["device"] == "cpu" else "gpu")
+    saves = ("--trainer.enable_checkpointing", "false", "--leave_out", "[ExportFolder]")  # nor does the peer
+    fit("dpo", work, settings, recorder, steps, work / "pairs.jsonl", *where, *saves, *apart, *overrides)
+
+
+def recipe_apart(*args: Any) -> None:
+    recipe(*args, "--data.init_args.share_prompts", "false")
+
+
+def recipe_compiled(*args: Any) -> None:
+    recipe(*args, "--model.init_args.backbone.compile", "true")
+
+
+SIDES = {
+    "recipe": recipe,
+    "recipe-apart": recipe_apart,
+    "recipe-compiled": recipe_compiled,
+    "trl": trl,
+    "trl-no-checkpointing": trl_no_checkpointing,
+}
+
+if __name__ == "__main__":
+    run(SIDES)
