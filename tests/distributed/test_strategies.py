@@ -32,7 +32,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "SFT with LoRA": {"stage": "sft", "model": "llama", "backbone": {"adapter": LORA}},
 }
 SAVED_AFTER = 3
-PORTABLE = ("ddp", "fsdp2", "tp", "fsdp1", "zero1", "zero2", "zero3", "zero3-offload")
+PORTABLE = ("ddp", "fsdp2", "tp", "fsdp1", "zero2", "zero3")
+ALSO_PORTABLE = ("zero1", "zero3-offload")
+"""With one job only: they keep what zero2 and zero3 keep."""
 
 Cell = dict[str, Any]
 
@@ -102,7 +104,9 @@ def test_every_strategy_trains_what_one_process_trains(
     """With accumulation, clipping, and counts of tokens that differ between micro-batches and ranks."""
     names = [name for name in STRATEGIES if (name == "single") == (world == 1) or name not in ("single", "ddp")]
     names = [name for name in names if world == 4 or name not in ON_FOUR]
-    cells = [launches.cell(name, job, world) for name in names for job in JOBS]
+    # Tied weights are one way to get it wrong, which needs two processes; the rows of the others are enough.
+    jobs = [job for job in JOBS if world == 2 or not job.endswith("tied")]
+    cells = [launches.cell(name, job, world) for name in names for job in jobs]
     results = launches.run(cells)
     table: dict[str, dict[str, str]] = {}
     for cell in cells:
@@ -151,7 +155,7 @@ def test_what_one_strategy_saves_any_other_resumes(
     job: str, launches: Launches, reference: dict[str, dict[str, Any]]
 ) -> None:
     saved: dict[str, str] = {}
-    layouts = ((1, ("single",)), (2, PORTABLE), (4, ("fsdp2-tp",)))
+    layouts = ((1, ("single",)), (2, PORTABLE + ALSO_PORTABLE * (job == "next token")), (4, ("fsdp2-tp",)))
     for world, names in layouts:
         cells = []
         for name in names:
