@@ -6,9 +6,14 @@
 from importlib import import_module
 from typing import Any
 
-_MODULES = {"LanguageModelModule": "language_model", "LLMModule": "base", "PreferenceModule": "preference"}
+_MODULES = {
+    "LanguageModelModule": "language_model",
+    "LLMModule": "base",
+    "PreferenceModule": "preference",
+    "RewardModule": "reward",
+}
 
-__all__ = ["LLMModule", "LanguageModelModule", "PreferenceModule"]
+__all__ = ["LLMModule", "LanguageModelModule", "PreferenceModule", "RewardModule"]
 
 
 def __getattr__(name: str) -> Any:

@@ -92,11 +92,24 @@ class PreferenceBatch(TokenBatch):
         shared_keys: (K,) int64 the positions that the documents see, those of one after another, its own last; None:
             each document sees itself.
         key_offsets: (D + 1,) int32 cumulative lengths of the documents' parts of ``shared_keys``.
+        values: (P, 3) float32 by how much the chosen answer is better, and whether it and the other are safe (1 or 0);
+            NaN where the data do not say. None: of no pair.
     """
 
     pairs: int = 0
     shared_keys: Tensor | None = None
     key_offsets: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def last(self) -> Tensor:
+        """(2P,) int64 places, in the flattened batch, of the answers' last tokens."""
+        if self.document_offsets is not None:
+            ends = self.document_offsets[1:].long() - 1
+            return ends if self.shared_keys is None else ends.view(-1, 3)[:, 1:].flatten()
+        width = self.input_ids.shape[1]
+        starts = torch.arange(len(self.input_ids), device=self.input_ids.device) * width
+        return starts + (width if self.lengths is None else self.lengths) - 1
 
     def answer_of(self, index: Tensor) -> Tensor:
         """(M,) the answer, of 2P, that each labelled place of the flattened batch belongs to."""
@@ -175,6 +188,19 @@ class PairScores(NamedTuple):
     rejected_tokens: Tensor
     reference_chosen: Tensor | None = None
     reference_rejected: Tensor | None = None
+
+
+class RewardScores(NamedTuple):
+    """The scores of P pairs of answers.
+
+    Attributes:
+        chosen, rejected: (P,) fp32 scores.
+        values: (P, 3) as of ``PreferenceBatch``.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    values: Tensor
 
 
 @dataclass

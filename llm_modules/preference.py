@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from llm_modules.batch import ObjectiveOutput, PairScores, PreferenceBatch
 from llm_modules.generation import Generator
 from llm_modules.logprobs import next_token_targets, sums_by_answer
 from llm_modules.objectives.preference import DPO, PreferenceObjective
+from llm_modules.shared_prompts import computable
 from llm_modules.zoo import Backbone, CausalLM
 from llm_modules.zoo.adapter_config import keeps_base
 
@@ -60,7 +60,6 @@ class PreferenceModule(LLMModule):
         self.generator = generator or Generator()
         # In a tuple, so that it is no submodule: neither trained, nor spread, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
-        self._said: set[str] = set()
 
     def configure_model(self) -> None:
         built = self.model is not None
@@ -101,9 +100,7 @@ class PreferenceModule(LLMModule):
 
     def objective_step(self, batch: PreferenceBatch) -> ObjectiveOutput:
         assert self.model is not None
-        if batch.shared_keys is not None and (problem := self.model.sharing_problem):
-            self._say_once(f"data.share_prompts: each prompt is computed for both of its answers: {problem}")
-            batch = batch.apart()
+        batch = computable(batch, self)
         sums, tokens = self._sums_of(self.model, batch)
         scores = PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2])
         if self.objective.needs_reference:
@@ -127,12 +124,6 @@ class PreferenceModule(LLMModule):
             key_offsets=batch.key_offsets,
         )
         return sums_by_answer(scores.logprobs, batch.answer_of(scores.index), 2 * batch.pairs)
-
-    def _say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            if self.trainer.is_global_zero:
-                print(line, file=sys.stderr)
 
     @torch.no_grad()
     def _reference_sums(self, batch: PreferenceBatch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from llm_modules.batch import PreferenceBatch
 from llm_modules.data.collation import Collator
 from llm_modules.data.packing import Indices, Packing
-from llm_modules.data.preferences import BadPair, PreferenceEncoder, TooLongPair, preference_pair
+from llm_modules.data.preferences import VALUES, BadPair, PreferenceEncoder, TooLongPair, preference_pair
 from llm_modules.data.sources import Row
 from llm_modules.data.templates import set_template
 from llm_modules.data.token_datamodule import Prompt, TokenDataModule
@@ -25,7 +26,8 @@ class PreferenceDataModule(TokenDataModule):
     """Pairs of answers to the same prompt, one preferred to the other.
 
     Rows have ``chosen`` and ``rejected``: texts beside ``prompt`` or ``messages``, lists of messages, or dialogues in
-    the style of hh-rlhf. ``batch_size`` counts pairs. sequence_length is that of a prompt with one answer.
+    the style of hh-rlhf. ``batch_size`` counts pairs. sequence_length is that of a prompt with one answer. For reward
+    and cost models also ``margin`` (by how much the chosen one is better), ``chosen_safe`` and ``rejected_safe``.
 
     Args:
         chat_template: chatml, llama3, gemma, zephyr, alpaca, raw, a .jinja file, or the template itself; not given: the
@@ -78,16 +80,20 @@ class PreferenceDataModule(TokenDataModule):
 
     def _collator(self) -> PairCollator:
         pad = self.prepared_tokenizer.pad_token_id
-        splits: list[Indices] = []
+        splits, values = [np.zeros(0, dtype=np.int64)], [np.zeros((0, len(VALUES)), dtype=np.float32)]
         for store in self.corpus.stores:
-            assert store.splits is not None or not len(store)
-            splits.append(store.splits if store.splits is not None else np.zeros(0, dtype=np.int64))
+            if len(store):
+                assert store.splits is not None
+                assert store.values is not None
+                splits.append(store.splits)
+                values.append(store.values)
         return PairCollator(
             self.corpus.rows,
             flat=self.flat,
             pad=pad,
             max_document=self.sequence_length,
             splits=np.concatenate(splits),
+            values=np.concatenate(values),
             share=self.share_prompts and self.flat,
         )
 
@@ -97,19 +103,23 @@ class PairCollator(Collator):
 
     Args:
         splits: (D,) where the second conversation of each document begins.
+        values: (D, 3) of ``VALUES``.
         share: whether what both begin with is there once.
     """
 
-    def __init__(self, *args: Any, splits: Indices, share: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, splits: Indices, values: np.ndarray, share: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.splits = splits
+        self.values = values
         self.share = share
 
     def __call__(self, batch: Sequence[Indices]) -> PreferenceBatch:
         if self.share:
-            return self._shared(batch)
-        made = super().__call__([np.array([part]) for row in batch for part in self._parts(row)])
-        return PreferenceBatch(**vars(made), pairs=len(batch))
+            made = self._shared(batch)
+        else:
+            rows = super().__call__([np.array([part]) for row in batch for part in self._parts(row)])
+            made = PreferenceBatch(**vars(rows), pairs=len(batch))
+        return replace(made, values=torch.from_numpy(self.values[[int(row[0, 0]) for row in batch]]))
 
     def empty(self) -> PreferenceBatch:
         return PreferenceBatch(**vars(super().empty()))

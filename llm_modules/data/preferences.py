@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,18 +26,24 @@ _TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
+VALUES = ("margin", "chosen_safe", "rejected_safe")
+"""Columns that a pair may have beside its texts: by how much the chosen answer is better, and whether each is safe."""
+
+
+@dataclass(frozen=True)
 class Pair:
     """A prompt and two answers to it.
 
     Attributes:
         prompt: messages, the last of them not the assistant's.
         chosen, rejected: what the assistant says.
+        values: of ``VALUES``; NaN where the row does not say.
     """
 
-    def __init__(self, prompt: list[Message], chosen: str, rejected: str) -> None:
-        self.prompt = prompt
-        self.chosen = chosen
-        self.rejected = rejected
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    values: tuple[float, ...] = (math.nan,) * len(VALUES)
 
     def conversation(self, answer: str) -> list[Message]:
         return [*self.prompt, {"role": "assistant", "content": answer}]
@@ -76,7 +84,17 @@ def preference_pair(row: Row) -> Pair:
             raise ValueError(f"{row.origin}: the {name} answer is empty")
     if chosen.strip() == rejected.strip():
         raise ValueError(f"{row.origin}: chosen and rejected are the same; nothing can be learned from that")
-    return Pair(prompt, chosen, rejected)
+    return Pair(prompt, chosen, rejected, tuple(_value(row, name) for name in VALUES))
+
+
+def _value(row: Row, name: str) -> float:
+    value = row.columns.get(name)
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) == (name != "margin") and isinstance(value, int | float):
+        return float(value)
+    kind = "a number" if name == "margin" else "true or false"
+    raise ValueError(f"{row.origin}: {name} is {value!r}; it must be {kind}")
 
 
 def _before(row: Row) -> list[Message]:
@@ -190,6 +208,7 @@ class PreferenceEncoder:
             places=np.array([(0, row.number) for row in rows], dtype=np.int64),
             counts=counts,
             splits=np.array(splits, dtype=np.int64),
+            values=np.array([pair.values for pair in pairs], dtype=np.float32),
         )
 
     def _pair(self, row: Row) -> tuple[Pair, bool]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 META = "meta.json"
-SPLITS = "splits.npy"
+SPLITS, VALUES = "splits.npy", "values.npy"
 ARRAYS = {"lengths": np.int64, "sizes": np.int64, "hashes": np.uint64, "groups": np.uint64, "places": np.int64}
 
 
@@ -34,6 +34,7 @@ class Encoded:
         counts: name of a thing that was counted -> how often (for the audit).
         splits: (D,) int64, of documents that are two sequences one after another, where the second begins; None: they
             are one.
+        values: (D, ...) float32 numbers that come with each document (NaN: not given); None: there are none.
     """
 
     tokens: NDArray[np.uint32]
@@ -45,13 +46,14 @@ class Encoded:
     places: NDArray[np.int64]
     counts: dict[str, int] = field(default_factory=dict)
     splits: NDArray[np.int64] | None = None
+    values: NDArray[np.float32] | None = None
 
 
 class TokenStore:
     """The documents of one source.
 
     Attributes:
-        lengths, sizes, hashes, groups, places, splits: see `Encoded`.
+        lengths, sizes, hashes, groups, places, splits, values: see `Encoded`.
         offsets: (D + 1,) int64 where each document starts.
         meta: what is known of the whole: files, counts.
     """
@@ -69,6 +71,9 @@ class TokenStore:
         self.splits: NDArray[np.int64] | None = None
         if (folder / SPLITS).is_file():
             self.splits = np.load(folder / SPLITS, mmap_mode="r")
+        self.values: NDArray[np.float32] | None = None
+        if (folder / VALUES).is_file():
+            self.values = np.load(folder / VALUES, mmap_mode="r")
         self.trained: NDArray[np.bool_] | None = None
         if self.meta["masked"]:
             self.trained = np.memmap(folder / "trained.bin", dtype=np.bool_, mode="r")
@@ -102,6 +107,7 @@ def write_store(folder: Path, parts: Iterable[Encoded], *, vocabulary: int, file
         columns: dict[str, list[NDArray[Any]]] = {name: [] for name in ARRAYS}
         counts: dict[str, int] = {}
         splits: list[NDArray[np.int64]] = []
+        values: list[NDArray[np.float32]] = []
         masked = False
         with (temporary / "tokens.bin").open("wb") as tokens, (temporary / "trained.bin").open("wb") as trained:
             for part in parts:
@@ -116,12 +122,15 @@ def write_store(folder: Path, parts: Iterable[Encoded], *, vocabulary: int, file
                 for name, arrays in columns.items():
                     arrays.append(getattr(part, name))
                 splits += [] if part.splits is None else [part.splits]
+                values += [] if part.values is None else [part.values]
                 for name, count in part.counts.items():
                     counts[name] = counts.get(name, 0) + count
         for name, arrays in columns.items():
             np.save(temporary / f"{name}.npy", np.concatenate(arrays).astype(ARRAYS[name]))
         if splits:
             np.save(temporary / SPLITS, np.concatenate(splits))
+        if values:
+            np.save(temporary / VALUES, np.concatenate(values))
         meta = {"dtype": dtype, "masked": masked, "files": files, "counts": counts}
         (temporary / META).write_text(json.dumps(meta, indent=1))
         _publish(temporary, folder)

@@ -2,6 +2,7 @@
 
 from llm_modules.objectives.language import LanguageObjective, NextToken
 from llm_modules.objectives.preference import APO, CPO, DPO, IPO, ORPO, SPPO, Hinge, PreferenceObjective, SimPO
+from llm_modules.objectives.reward import BradleyTerry, CostModel, RewardObjective
 
 __all__ = [
     "APO",
@@ -10,9 +11,12 @@ __all__ = [
     "IPO",
     "ORPO",
     "SPPO",
+    "BradleyTerry",
+    "CostModel",
     "Hinge",
     "LanguageObjective",
     "NextToken",
     "PreferenceObjective",
+    "RewardObjective",
     "SimPO",
 ]

@@ -152,6 +152,7 @@ class Backbone:
         seed: int,
         precision: str = "32-true",
         dequantize: bool = False,
+        scalar: bool = False,
     ) -> CausalLM:
         """The model, on the CPU; weights depend on ``seed`` (or the source) only, and no random state is touched.
 
@@ -161,6 +162,7 @@ class Backbone:
             seed: of random weights.
             precision: the trainer's; decides the dtype if ``dtype`` does not.
             dequantize: ordinary layers with the values of the quantized ones, to merge an adapter into.
+            scalar: with a head of one number in the place of the vocabulary's: a ``RewardModel``.
 
         Raises:
             ValueError: what ``check`` finds, weights that cannot be loaded, a family that our head does not know.
@@ -177,11 +179,14 @@ class Backbone:
         dtype = getattr(torch, self.dtype or TRUE_PRECISION.get(precision, "float32"))
         with fixed_seed(seed):
             problem = packing_problem(config, self.attention)
-            hf = self._weights(config, len(tokenizer), dtype, seed)
+            hf = self._weights(config, len(tokenizer), dtype, seed, scalar)
             unlock_padding(hf)
             set_generation_ids(hf, tokenizer)
-            model = CausalLM(hf, head=self.head, head_chunk=self.head_chunk, packing_problem=problem)
-            check_head(model)
+            if scalar:
+                model: CausalLM = self._with_score(hf, config, problem)
+            else:
+                model = CausalLM(hf, head=self.head, head_chunk=self.head_chunk, packing_problem=problem)
+                check_head(model)
         if self.lean and not self.compile:
             make_lean(hf)
         if self.fp8:
@@ -274,7 +279,18 @@ class Backbone:
         )
         return replace(summary, memory=memory)
 
-    def _weights(self, config: PretrainedConfig, tokens: int, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    def _with_score(self, hf: PreTrainedModel, config: PretrainedConfig, problem: str | None) -> CausalLM:
+        from llm_modules.zoo.reward_model import RewardModel, is_classifier, stored_score
+
+        if self.adapter is not None or self.quantization is not None:
+            raise ValueError("backbone: a reward model is trained whole; leave adapter and quantization out")
+        folder = local_folder(self.source) if self.source is not None and self.pretrained else None
+        score = stored_score(folder) if folder is not None and is_classifier(config) else None
+        return RewardModel(hf, score, packing_problem=problem)
+
+    def _weights(
+        self, config: PretrainedConfig, tokens: int, dtype: torch.dtype, seed: int, headless: bool
+    ) -> PreTrainedModel:
         from llm_modules.zoo.vocabulary import grow_embeddings
         from llm_modules.zoo.weights import pretrained_model, random_model
 
@@ -287,6 +303,7 @@ class Backbone:
                 attention=self.attention,
                 seed=seed,
                 trust_remote_code=self.trust_remote_code,
+                headless=headless,
             )
         else:
             hf = random_model(

@@ -51,6 +51,7 @@ class CausalLM(nn.Module):
         base: what the weights under an adapter are (see ``weights.base_description``).
         context: the ranks that each compute some positions of the same rows; None: this one computes all.
         routing: of a mixture of experts whose routers are trained; None for others.
+        said_apart: whether it was said that ``sharing_problem`` is one.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class CausalLM(nn.Module):
         self.flops = token_flops(hf)
         self.routing = routing_of(hf)
         self._sharing: str | None = None
+        self.said_apart = False
 
     def forward(
         self,

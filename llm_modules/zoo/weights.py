@@ -83,9 +83,19 @@ def weights_digest(hf: nn.Module) -> str:
 
 
 def pretrained_model(
-    source: str, config: PretrainedConfig, *, dtype: torch.dtype, attention: str, seed: int, trust_remote_code: bool
+    source: str,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    seed: int,
+    trust_remote_code: bool,
+    headless: bool = False,
 ) -> PreTrainedModel:
     """The weights of a folder or hub id, in ``dtype`` on the CPU.
+
+    Args:
+        headless: the head may be missing (it is not used).
 
     Raises:
         ValueError: no safetensors, or weights that are missing or of another shape.
@@ -110,7 +120,8 @@ def pretrained_model(
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"backbone.source: cannot load weights of {source!r}: {reason}") from error
-    if missing := sorted(report["missing_keys"]):
+    heads = [f"{name}." for name, module in hf.named_modules() if headless and module is hf.get_output_embeddings()]
+    if missing := sorted(name for name in report["missing_keys"] if not name.startswith(tuple(heads))):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"backbone.source: {source!r} lacks weights: {', '.join(missing[:3])}{more}")
     return hf

@@ -1,0 +1,108 @@
+"""A decoder that says one number of a text: reward and cost models (saved, ``...ForSequenceClassification``).
+
+Shape legend: B rows, T positions, A answers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_modules.zoo.causal_lm import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SCORE = "score.weight"
+"""What transformers calls the head."""
+
+
+class RewardModel(CausalLM):
+    """A language model whose head is one row: its "logit" at the last token of a text is the text's score.
+
+    Everything that is built around a language model (strategies, checkpoints, attention of packed rows) finds the head
+    where it looks for the vocabulary's.
+
+    Args:
+        hf: transformers' ``...ForCausalLM``; its head is replaced.
+        score: (1, H) the head's weight; None: normal, of spread 1 / sqrt(H + 1) (arXiv 2009.01325, appendix B).
+        packing_problem: as of ``CausalLM``.
+    """
+
+    def __init__(self, hf: PreTrainedModel, score: Tensor | None = None, *, packing_problem: str | None = None) -> None:
+        output: Any = hf.get_output_embeddings()
+        size, dtype = output.weight.shape[1], output.weight.dtype
+        head = nn.Linear(size, 1, bias=False, dtype=torch.float32)
+        with torch.no_grad():
+            head.weight.normal_(0.0, (size + 1) ** -0.5) if score is None else head.weight.copy_(score)
+        hf.config = copy.deepcopy(hf.config)
+        hf.config.tie_word_embeddings = False
+        hf.set_output_embeddings(head.to(dtype))
+        super().__init__(hf, packing_problem=packing_problem)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        last: Tensor,
+        document_offsets: Tensor | None = None,
+        max_document: int = 0,
+        *,
+        shared_keys: Tensor | None = None,
+        key_offsets: Tensor | None = None,
+    ) -> Tensor:
+        """(A,) fp32 scores.
+
+        Args:
+            input_ids, position_ids, document_offsets, max_document: as of ``CausalLM``.
+            last: (A,) int64 places, in the flattened (B * T) batch, of the texts' last tokens.
+            shared_keys, key_offsets: as of ``PreferenceBatch``.
+        """
+        keys = {} if shared_keys is None else {"shared_keys": shared_keys, "cu_seq_lens_k": key_offsets}
+        outputs = self._decode(input_ids, position_ids, document_offsets, max_document, keys)
+        hidden_AH = outputs.last_hidden_state.flatten(0, 1).index_select(0, last)
+        head: Any = self.hf.get_output_embeddings()
+        return head(hidden_AH).squeeze(-1).float()
+
+    def split_positions(self, group: Any, tensor: int = 1) -> None:
+        raise ValueError("strategy.context_parallel: not for reward models; set it to 1")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """A folder that ``AutoModelForSequenceClassification`` opens, whose one logit is the score."""
+        from transformers import AutoModelForSequenceClassification
+
+        config = copy.deepcopy(self.hf.config)
+        config.num_labels = 1
+        head = next(name for name, module in self.hf.named_modules() if module is self.hf.get_output_embeddings())
+        with torch.device("meta"):
+            classifier = AutoModelForSequenceClassification.from_config(config, dtype=self.hf.dtype)
+        state = {SCORE if name == f"{head}.weight" else name: value for name, value in self.hf.state_dict().items()}
+        classifier.load_state_dict(state, assign=True)
+        classifier.save_pretrained(folder)
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a folder's config is of a model with such a head."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def stored_score(folder: Path) -> Tensor:
+    """(1, H) the head of a saved reward model.
+
+    Raises:
+        ValueError: there is none, or it has several labels.
+    """
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if SCORE in tensors.keys():  # noqa: SIM118 - no dictionary
+                score = tensors.get_tensor(SCORE)
+                if score.shape[0] != 1:
+                    raise ValueError(f"backbone.source: {str(folder)!r} has {score.shape[0]} labels; a reward has one")
+                return score
+    raise ValueError(f"backbone.source: {str(folder)!r} says that it is a classifier, but has no {SCORE!r}")
