@@ -13,11 +13,12 @@ def write_model_card(folder: Path, info: dict[str, Any]) -> Path:
     Args:
         folder: the exported model.
         info: ``recipe`` (name), ``data`` (list of sources), ``tokens_seen``, ``step``, ``weights`` (of which step),
-            ``base``, ``adapter`` (method), ``metrics`` (name -> value), ``config`` (resolved YAML text); whatever is
-            missing is left out.
+            ``base``, ``adapter`` (method), ``score`` (whether it is a reward model), ``metrics`` (name -> value),
+            ``config`` (resolved YAML text); whatever is missing is left out.
     """
     library = "peft" if info.get("adapter") else "transformers"
-    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "---", ""]
+    task = "text-classification" if info.get("score") else "text-generation"
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}", "---", ""]
     lines += [f"# {info.get('recipe', 'Language model')}", "", "Trained with LitRecipes.", ""]
     facts = {"Recipe": "recipe", "Optimizer steps": "step", "Weights": "weights", "Tokens seen": "tokens_seen"}
     facts |= {"Adapter": "adapter", "Base model": "base"}
@@ -38,8 +39,10 @@ def write_model_card(folder: Path, info: dict[str, Any]) -> Path:
         lines += ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", ""]
         lines += ['model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")']
     else:
-        lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-        lines += ['model = AutoModelForCausalLM.from_pretrained("FOLDER")']
+        name = "AutoModelForSequenceClassification" if info.get("score") else "AutoModelForCausalLM"
+        lines += [f"from transformers import {name}, AutoTokenizer", ""]
+        lines += [f'model = {name}.from_pretrained("FOLDER")']
+        lines += ["# of tokens of a rendered conversation: model(input_ids).logits[:, 0]"] * bool(info.get("score"))
     lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```"]
     if info.get("config"):
         lines += ["", "## Configuration", "", "```yaml", info["config"].rstrip(), "```"]

@@ -16,7 +16,6 @@ from llm_modules.batch import ObjectiveOutput, PairScores, PreferenceBatch
 from llm_modules.generation import Generator
 from llm_modules.logprobs import next_token_targets, sums_by_answer
 from llm_modules.objectives.preference import DPO, PreferenceObjective
-from llm_modules.shared_prompts import computable
 from llm_modules.zoo import Backbone, CausalLM
 from llm_modules.zoo.adapter_config import keeps_base
 
@@ -100,7 +99,7 @@ class PreferenceModule(LLMModule):
 
     def objective_step(self, batch: PreferenceBatch) -> ObjectiveOutput:
         assert self.model is not None
-        batch = computable(batch, self)
+        batch = self.model.computable(batch)
         sums, tokens = self._sums_of(self.model, batch)
         scores = PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2])
         if self.objective.needs_reference:

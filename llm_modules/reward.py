@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from llm_modules.base import LLMModule
 from llm_modules.batch import ObjectiveOutput, PreferenceBatch, RewardScores
 from llm_modules.objectives.reward import BradleyTerry, RewardObjective
-from llm_modules.shared_prompts import computable
 from llm_modules.zoo import Backbone
 
 BINS = 10
@@ -55,7 +55,7 @@ class RewardModule(LLMModule):
     def scores(self, batch: PreferenceBatch) -> RewardScores:
         """Of each answer, at its last token."""
         assert self.model is not None
-        batch = computable(batch, self)
+        batch = self.model.computable(batch)
         scores: Tensor = self.model(
             batch.input_ids,
             batch.position_ids,
@@ -74,6 +74,14 @@ class RewardModule(LLMModule):
         if not self.training:
             self._calibrate(self.objective.better(scores).detach())
         return self.objective(scores)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        raise ValueError("predict: a reward model answers nothing; `recipes validate` measures it")
+
+    def export(
+        self, folder: str | Path, info: dict[str, Any] | None = None, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        super().export(folder, {"score": True, **(info or {})}, weights)
 
     def _calibrate(self, better: Tensor) -> None:
         """Every pair both ways round: the share of a bin's pairs that are right should be their probability."""

@@ -237,10 +237,14 @@ def build_model(about: dict[str, Any], weights: dict[str, torch.Tensor], path: P
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _config(about["config"], path)
+    from llm_modules.zoo.reward_model import classifier
+
+    config, score = _config(about["config"], path), about["backbone"].get("score")
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     try:
+        if score is not None:
+            return classifier(config, weights, score)
         report = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"{path}: the weights do not fit the model: {one_line(error)[:300]}") from error
@@ -305,9 +309,6 @@ def open_tokenizer(about: dict[str, Any], other: str | None, path: Path) -> PreT
     return tokenizer
 
 
-# --- the model card -------------------------------------------------------------------------------------------------
-
-
 def facts_of(checkpoint: dict[str, Any], path: Path, paths: list[Path]) -> dict[str, Any]:
     """What is known of the training, for the model card: from the checkpoint, and the run's folder if it is there."""
     from callbacks.export import describe_run
@@ -316,6 +317,7 @@ def facts_of(checkpoint: dict[str, Any], path: Path, paths: list[Path]) -> dict[
     facts: dict[str, Any] = {"tokens_seen": checkpoint[CHECKPOINT_KEY]["tokens_seen"], "step": step}
     if len(paths) > 1:
         facts["weights"] = f"mean of {len(paths)} checkpoints"
+    facts["score"] = "score" in checkpoint[CHECKPOINT_KEY]["backbone"]
     run = path.parent.parent
     facts |= {name: value for name, value in describe_run(run).items() if value is not None}
     if len(paths) == 1 and (run / "metrics.csv").is_file():

@@ -119,6 +119,8 @@ def open_model(
             from llm_modules.zoo import open_adapter
 
             return open_adapter(source, dtype=kind).to(place).eval(), tokenizer
+        if any(name.endswith("ForSequenceClassification") for name in _architectures(source)):
+            raise ValueError("it is a classifier or a reward model, which answers nothing")
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, use_safetensors=True)
     except Exception as error:
         if not isinstance(error, (OSError, ValueError, KeyError, RuntimeError)) and "Safetensor" not in repr(
@@ -127,6 +129,12 @@ def open_model(
             raise
         raise UserError(f"-m {source}: cannot be opened: {one_line(error)[:300]}") from error
     return model.to(place).eval(), tokenizer
+
+
+def _architectures(source: Any) -> list[str]:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source).architectures or []
 
 
 def _same_tokenizer(name: str, own: Any, other: Any) -> None:

@@ -66,9 +66,13 @@ def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def set_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes into the model's generation config what ends an answer, so that other programs stop there too."""
+    """Writes into the model's generation config what ends an answer, so that other programs stop there too.
+
+    A model that does not generate has none.
+    """
+    if (generation := getattr(model, "generation_config", None)) is None:
+        return
     ends = end_token_ids(model, tokenizer)
-    generation = model.generation_config
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     generation.bos_token_id = tokenizer.bos_token_id
     generation.pad_token_id = tokenizer.pad_token_id

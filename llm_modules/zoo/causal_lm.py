@@ -6,6 +6,7 @@ Shape legend: B rows, T positions, N = B * T, M trained positions, H hidden size
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llm_modules.batch import IGNORE_INDEX, TokenScores
+from llm_modules.batch import IGNORE_INDEX, PreferenceBatch, TokenScores
 from llm_modules.logprobs import DEFAULT_CHUNK
 from llm_modules.zoo.activations import ActivationOffload
 from llm_modules.zoo.attention import NAME, training_layout
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from llm_modules.zoo.adapters import Adapter
     from llm_modules.zoo.virtual_tokens import VirtualTokens
+
+logger = logging.getLogger(__name__)
 
 BASE_FILE, BASE_FOLDER = "base.json", "base"
 """In an adapter's folder: what base it is for, and that base where it is nowhere else."""
@@ -51,7 +54,6 @@ class CausalLM(nn.Module):
         base: what the weights under an adapter are (see ``weights.base_description``).
         context: the ranks that each compute some positions of the same rows; None: this one computes all.
         routing: of a mixture of experts whose routers are trained; None for others.
-        said_apart: whether it was said that ``sharing_problem`` is one.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class CausalLM(nn.Module):
         self.flops = token_flops(hf)
         self.routing = routing_of(hf)
         self._sharing: str | None = None
-        self.said_apart = False
+        self._said_apart = False
 
     def forward(
         self,
@@ -249,6 +251,15 @@ class CausalLM(nn.Module):
             for layer, disabled in zip(layers, before, strict=True):
                 layer._disable_adapters = disabled
             self.virtual = virtual
+
+    def computable(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """The batch, each prompt once for each of its answers where this model cannot share it; said once."""
+        if batch.shared_keys is None or (problem := self.sharing_problem) is None:
+            return batch
+        if not self._said_apart:
+            logger.warning("data.share_prompts: each prompt is computed for both of its answers: %s", problem)
+            self._said_apart = True
+        return batch.apart()
 
     @property
     def sharing_problem(self) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llm_modules.zoo.causal_lm import CausalLM
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SCORE = "score.weight"
 """What transformers calls the head."""
@@ -41,8 +41,10 @@ class RewardModel(CausalLM):
             head.weight.normal_(0.0, (size + 1) ** -0.5) if score is None else head.weight.copy_(score)
         hf.config = copy.deepcopy(hf.config)
         hf.config.tie_word_embeddings = False
-        hf.set_output_embeddings(head.to(dtype))
+        head = head.to(dtype)
+        hf.set_output_embeddings(head)
         super().__init__(hf, packing_problem=packing_problem)
+        self._description["score"] = next(name for name, module in hf.named_modules() if module is head)
 
     def forward(  # type: ignore[override]
         self,
@@ -73,16 +75,29 @@ class RewardModel(CausalLM):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """A folder that ``AutoModelForSequenceClassification`` opens, whose one logit is the score."""
-        from transformers import AutoModelForSequenceClassification
+        classifier(self.hf.config, self.hf.state_dict(), self._description["score"]).save_pretrained(folder)
 
-        config = copy.deepcopy(self.hf.config)
-        config.num_labels = 1
-        head = next(name for name, module in self.hf.named_modules() if module is self.hf.get_output_embeddings())
-        with torch.device("meta"):
-            classifier = AutoModelForSequenceClassification.from_config(config, dtype=self.hf.dtype)
-        state = {SCORE if name == f"{head}.weight" else name: value for name, value in self.hf.state_dict().items()}
-        classifier.load_state_dict(state, assign=True)
-        classifier.save_pretrained(folder)
+
+def classifier(config: PretrainedConfig, state: dict[str, Tensor], head: str) -> PreTrainedModel:
+    """transformers' classifier of one label with the weights of a ``RewardModel``'s ``hf``; nothing is initialized.
+
+    Args:
+        head: the name of the module there that gives the score.
+
+    Raises:
+        RuntimeError: the weights do not fit.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    (dtype,) = {value.dtype for value in state.values() if value.is_floating_point()}
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    named = {SCORE if name == f"{head}.weight" else name: value for name, value in state.items()}
+    model.load_state_dict(named, assign=True)
+    model.config.dtype = dtype
+    return model.eval()
 
 
 def is_classifier(config: Any) -> bool:

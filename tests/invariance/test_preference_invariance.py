@@ -148,15 +148,14 @@ VIRTUAL = {"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_t
 
 
 def test_what_cannot_share_a_prompt_computes_it_twice_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"objective": "DPO", "path": str(write_pairs(tmp_path)), "cache": str(tmp_path / "cache")}
     settings |= REFERENCE | {"adapter": VIRTUAL, "batch_size": 2, "accumulate": 4}
     expected = run(settings)[0][0]
-    assert "share_prompts" not in capsys.readouterr().err
+    assert "share_prompts" not in caplog.text
     assert_same_gradient(run(settings | {"packing": "batch"})[0][0], expected)
-    said = capsys.readouterr().err
-    assert said.count("data.share_prompts: each prompt is computed for both of its answers: virtual tokens") == 1
+    assert caplog.text.count("data.share_prompts: each prompt is computed for both of its answers: virtual tokens") == 1
 
 
 if __name__ == "__main__":

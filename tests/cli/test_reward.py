@@ -1,0 +1,109 @@
+"""Reward models by the command: they learn, go on exactly, leave a classifier; mistakes are one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.__main__ import main
+
+RECIPE = """\
+tokenizer: builtin:bytes
+sequence_length: 96
+seed_everything: 3
+model:
+  class_path: llm_modules.RewardModule
+  init_args:
+    backbone:
+      config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2,
+               num_key_value_heads: 1, max_position_embeddings: 128}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 5.0e-3, weight_decay: 0.0}}
+data:
+  class_path: llm_modules.data.PreferenceDataModule
+  init_args: {sources: [{path: pairs.jsonl}], chat_template: chatml, batch_size: 4, validation_fraction: 0.2}
+trainer: {max_steps: 12, accelerator: cpu, devices: 1, log_every_n_steps: 1, val_check_interval: 12,
+          check_val_every_n_epoch: null, enable_progress_bar: false}
+checkpoint: {every_n_steps: 6, keep_last: 3}
+"""
+
+
+def pairs(count: int = 60) -> list[dict[str, Any]]:
+    safe = {"chosen_safe": True, "rejected_safe": False}
+    return [{"prompt": f"number {i}?", "chosen": f"yes, {i}", "rejected": f"no {i}"} | safe for i in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write(pairs())
+    Path("reward.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def column(run: int, name: str) -> list[float]:
+    with Path(f"runs/reward/{run}/metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def test_it_learns_goes_on_exactly_and_leaves_a_classifier() -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    assert main(["fit", "-c", "reward"]) == 0
+    assert column(0, "val/accuracy")[-1] == 1.0
+    assert column(0, "train/loss")[-1] < 0.5 * column(0, "train/loss")[0]
+    assert 0 <= column(0, "val/calibration_error")[-1] <= 0.5
+    assert main(["fit", "-c", "reward", "--trainer.max_steps", "6"]) == 0
+    assert main(["fit", "-c", "reward", "--run", "1"]) == 0
+    assert column(1, "train/loss") == column(0, "train/loss")
+    assert main(["export", "runs/reward/0", "again"]) == 0
+    ids = AutoTokenizer.from_pretrained("again")("yes", return_tensors="pt")["input_ids"]
+    said = []
+    for folder in ("again", "runs/reward/0/export"):
+        model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+        assert model.config.architectures == ["LlamaForSequenceClassification"]
+        with torch.no_grad():
+            said.append(float(model(ids).logits))
+        assert "AutoModelForSequenceClassification" in (Path(folder) / "README.md").read_text()
+    assert said[0] == said[1] != 0
+    # The folder is a model to go on with, score and all.
+    other = ["--model.backbone.source", "again", "--runs_dir", "on", "--tokenizer", "again"]
+    assert main(["fit", "-c", "reward", *other, "--trainer.max_steps", "1"]) == 0
+    with Path("on/reward/0/metrics.csv").open(newline="") as file:
+        assert float(next(csv.DictReader(file))["train/loss"]) < 0.5
+
+
+def test_a_cost_model_is_above_zero_for_harm() -> None:
+    assert main(["fit", "-c", "reward", "--model.objective", "llm_modules.objectives.CostModel"]) == 0
+    assert column(0, "val/accuracy")[-1] == 1.0
+    assert column(0, "val/score_chosen")[-1] < 0 < column(0, "val/score_rejected")[-1]
+
+
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        assert main([*words]) == 2
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("recipes: ")][-1]
+
+    assert "a reward model is trained whole" in said("fit", "-c", "reward", "-c", "adapters/lora")
+    assert "a reward model answers nothing" in said("predict", "-c", "reward")
+    write([{**row, "margin": "much"} for row in pairs()])
+    assert "pairs.jsonl:1: margin is 'much'; it must be a number" in said("fit", "-c", "reward")
+    write([{**row, "chosen_safe": 1} for row in pairs()])
+    assert "pairs.jsonl:1: chosen_safe is 1; it must be true or false" in said("fit", "-c", "reward")
+    write([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs()])
+    cost = ("--model.objective", "llm_modules.objectives.CostModel")
+    assert "CostModel needs the columns chosen_safe and rejected_safe" in said("fit", "-c", "reward", *cost)
+    assert main(["fit", "-c", "reward", "--trainer.max_steps", "1"]) == 0
+    (run,) = [path for path in Path("runs/reward").iterdir() if (path / "export").is_dir()]
+    capsys.readouterr()
+    assert "a reward model, which answers nothing" in said("generate", "-m", str(run / "export"), "--prompt", "hi")
