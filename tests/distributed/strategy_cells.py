@@ -23,9 +23,22 @@ from llm_modules.data import ConversationDataModule, PreferenceDataModule, TextD
 from llm_modules.language_model import LanguageModelModule
 from llm_modules.optimizers import MuonAdamW
 from llm_modules.preference import PreferenceModule
+from llm_modules.reward import RewardModule
 from llm_modules.strategies import FSDP1Strategy, ShardedStrategy, ZeroStrategy
 from llm_modules.zoo import Backbone
 
+MODULES: dict[str, Any] = {
+    "pretrain": LanguageModelModule,
+    "sft": LanguageModelModule,
+    "preference": PreferenceModule,
+    "reward": RewardModule,
+}
+DATA: dict[str, Any] = {
+    "pretrain": TextDataModule,
+    "sft": ConversationDataModule,
+    "preference": PreferenceDataModule,
+    "reward": PreferenceDataModule,
+}
 ROWS_PER_STEP = 8
 STEPS = 5
 MODELS: dict[str, dict[str, Any]] = {
@@ -110,8 +123,7 @@ class Record(Callback):
 
 
 def data_of(cell: dict[str, Any], batch_size: int) -> Any:
-    kinds = {"pretrain": TextDataModule, "sft": ConversationDataModule, "preference": PreferenceDataModule}
-    kind: Any = kinds[cell["stage"]]
+    kind = DATA[cell["stage"]]
     return kind(
         sources=[{"path": cell["rows"]}],
         batch_size=batch_size,
@@ -133,8 +145,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     accumulate = 2
     config = MODELS[cell.get("model", "llama")] | cell.get("config", {})
     backbone = Backbone(config=config, **cell.get("backbone", {}))
-    preference = cell["stage"] == "preference"
-    module: LLMModule = (PreferenceModule if preference else LanguageModelModule)(
+    module: LLMModule = MODULES[cell["stage"]](
         backbone,
         optimizer=OPTIMIZERS[cell.get("optimizer", "adamw")],
         sequence_length=128,
