@@ -111,6 +111,11 @@ class PreferenceBatch(TokenBatch):
         starts = torch.arange(len(self.input_ids), device=self.input_ids.device) * width
         return starts + (width if self.lengths is None else self.lengths) - 1
 
+    @property
+    def pair_rows(self) -> list[int]:
+        """(P,) the rows of the dataset that the pairs are."""
+        return self.rows[:: max(1, len(self.rows) // max(1, self.pairs))] if self.pairs else []
+
     def answer_of(self, index: Tensor) -> Tensor:
         """(M,) the answer, of 2P, that each labelled place of the flattened batch belongs to."""
         if self.document_offsets is None:

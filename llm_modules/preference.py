@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from llm_modules.logprobs import next_token_targets, sums_by_answer
 from llm_modules.objectives.preference import DPO, PreferenceObjective
 from llm_modules.zoo import Backbone, CausalLM
 from llm_modules.zoo.adapter_config import keeps_base
+from llm_modules.zoo.weights import weights_digest
 
-Reference = Literal["auto", "base", "copy"]
+Reference = Literal["auto", "base", "copy", "cached"]
 
 
 class PreferenceModule(LLMModule):
@@ -31,8 +33,10 @@ class PreferenceModule(LLMModule):
         optimizer: class of the optimizer (``class_path`` and its arguments).
         schedule: class of the learning-rate schedule, stepped once per optimizer step; None: constant.
         reference: what the objective compares with, where it needs that: ``base``: the model without its adapter (no
-            memory); ``copy``: a frozen copy of the model as the backbone describes it, whole on each device; ``auto``:
-            the base where there is an adapter that leaves it as it is, else a copy.
+            memory); ``copy``: a frozen copy of the model as the backbone describes it, whole on each device;
+            ``cached``: what such a copy says of all pairs, computed once before the first step and kept on disk beside
+            the tokens (under the digest of its weights, so it is never another model's); ``auto``: the base where
+            there is an adapter that leaves it as it is, else a copy.
         generator: how `predict` generates; None: greedy.
         tokenizer: folder, hub id or ``builtin:bytes`` (set once, at the top of the recipe).
         sequence_length: longest prompt with an answer in tokens (set once, at the top of the recipe).
@@ -52,13 +56,14 @@ class PreferenceModule(LLMModule):
         seed: int = 0,
     ) -> None:
         super().__init__(backbone, optimizer, schedule, tokenizer, sequence_length, seed)
-        if reference not in ("auto", "base", "copy"):
-            raise ValueError(f"model.reference: {reference!r} is not one of auto, base, copy")
+        if reference not in get_args(Reference):
+            raise ValueError(f"model.reference: {reference!r} is not one of {', '.join(get_args(Reference))}")
         self.objective = objective or DPO()
         self.reference = reference
         self.generator = generator or Generator()
         # In a tuple, so that it is no submodule: neither trained, nor spread, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
+        self._cached: Tensor | None = None
 
     def configure_model(self) -> None:
         built = self.model is not None
@@ -74,7 +79,7 @@ class PreferenceModule(LLMModule):
                 else f"this {adapter.kind} changes the base that it is put into"
             )
             raise ValueError(f"model.reference: base, but {why}; allowed: copy, auto")
-        if self.reference == "copy" or adapter is None or not keeps_base(adapter.config):
+        if self.reference in ("copy", "cached") or adapter is None or not keeps_base(adapter.config):
             copy = self.backbone.build(sequence_length=self.sequence_length, **self._built_with())
             self._copy = (copy.requires_grad_(False).eval(),)
 
@@ -82,7 +87,7 @@ class PreferenceModule(LLMModule):
     def frozen_copies(self) -> int:
         """How many models are held beside the trained one, as far as that is known before any is built."""
         shared = self.reference != "copy" and self.backbone.adapter is not None
-        return int(self.objective.needs_reference and not shared)
+        return int(self.objective.needs_reference and not shared and self.reference != "cached")
 
     def on_fit_start(self) -> None:
         self._place_copy()
@@ -94,8 +99,35 @@ class PreferenceModule(LLMModule):
         self._place_copy()
 
     def _place_copy(self) -> None:
-        for copy in self._copy:
-            copy.to(self.device)
+        if not self._copy:
+            return
+        if self.reference != "cached":
+            self._copy[0].to(self.device)
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "pair_values"):
+            raise ValueError(f"model.reference: cached, but {type(data).__name__} keeps nothing; allowed: copy, auto")
+        identity = f"reference {weights_digest(self._copy[0].hf)} {self.trainer.precision}"
+        count, values = data.pair_values(identity)
+        lacking = torch.tensor(float(values is None), device=self.device)  # on one node, maybe: then all compute
+        if float(self.sum_over_ranks(lacking)):
+            values = self._score_all(self._copy[0].to(self.device), data, count).cpu().numpy()
+            if self.local_rank == 0:
+                data.keep_pair_values(identity, values)
+        self._cached, self._copy = torch.from_numpy(values), ()
+
+    @torch.no_grad()
+    def _score_all(self, copy: CausalLM, data: Any, count: int) -> Tensor:
+        """(D, 2) what the reference says of each stored pair, on all ranks; zero of those that are left out."""
+        if self.trainer.is_global_zero:
+            print("model.reference: scoring all pairs once", file=sys.stderr)
+        found = torch.zeros(count, 2, dtype=torch.float64, device=self.device)
+        for batch in data.every_pair():
+            moved = batch.apply(lambda tensor: tensor.to(self.device))
+            with self.trainer.precision_plugin.forward_context():
+                sums, _ = self._sums_of(copy, copy.computable(moved))
+            found[batch.pair_rows] = sums[: 2 * batch.pairs].view(-1, 2)
+        return self.sum_over_ranks(found)
 
     def objective_step(self, batch: PreferenceBatch) -> ObjectiveOutput:
         assert self.model is not None
@@ -103,7 +135,7 @@ class PreferenceModule(LLMModule):
         sums, tokens = self._sums_of(self.model, batch)
         scores = PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2])
         if self.objective.needs_reference:
-            reference = self._reference_sums(batch)
+            reference = self._reference_sums(batch) if self._cached is None else self._cached_sums(batch)
             scores = scores._replace(reference_chosen=reference[::2], reference_rejected=reference[1::2])
         output = self.objective(scores)
         for term in output.terms.values():
@@ -123,6 +155,10 @@ class PreferenceModule(LLMModule):
             key_offsets=batch.key_offsets,
         )
         return sums_by_answer(scores.logprobs, batch.answer_of(scores.index), 2 * batch.pairs)
+
+    def _cached_sums(self, batch: PreferenceBatch) -> Tensor:
+        assert self._cached is not None
+        return self._cached[batch.pair_rows].flatten().to(self.device)
 
     @torch.no_grad()
     def _reference_sums(self, batch: PreferenceBatch) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from llm_modules.batch import PreferenceBatch
 from llm_modules.data.collation import Collator
@@ -77,6 +81,34 @@ class PreferenceDataModule(TokenDataModule):
     def make_prompt(self, row: Row) -> tuple[Prompt, str]:
         pair = preference_pair(row)
         return pair.prompt, pair.chosen
+
+    def every_pair(self) -> Iterator[PreferenceBatch]:
+        """Every pair of every part once over all ranks, on the host; some ranks get batches of no pair at the end."""
+        for part in self.corpus.documents:
+            yield from self._evaluation(part)
+
+    def pair_values(self, identity: str) -> tuple[int, NDArray[np.float64] | None]:
+        """The number of stored documents, and what ``keep_pair_values`` has kept of them; None where a part is missing.
+
+        Args:
+            identity: of what was computed, and of the model that did it. (Of which tokens is added here.)
+        """
+        files = self._value_files(identity)
+        there = [np.load(file) for file in files if file.is_file()]
+        return len(self.corpus.starts), np.concatenate(there) if len(there) == len(files) else None
+
+    def keep_pair_values(self, identity: str, values: NDArray[np.float64]) -> None:
+        """Writes (documents, ...) numbers beside the tokens that they are of, each file whole or not at all."""
+        for number, file in enumerate(self._value_files(identity)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{file.stem}-{os.getpid()}.npy")
+            np.save(temporary, values[self.corpus.first[number] : self.corpus.first[number + 1]])
+            temporary.replace(file)
+
+    def _value_files(self, identity: str) -> list[Path]:
+        """One for each source; its name is a digest of all that the numbers depend on."""
+        names = [f"{store.folder.name} {self.sequence_length} {identity}" for store in self.corpus.stores]
+        return [self.cache_dir / "values" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npy" for name in names]
 
     def _collator(self) -> PairCollator:
         pad = self.prepared_tokenizer.pad_token_id

@@ -75,7 +75,7 @@ def run(settings: dict[str, Any]) -> tuple[list[dict[str, Tensor]], list[float],
         OBJECTIVES[settings["objective"]](),
         reference=settings.get("reference", "auto"),
         sequence_length=160,
-        seed=1,
+        seed=settings.get("seed", 1),
     )
     data = PreferenceDataModule(
         sources=[{"path": settings["path"]}],  # type: ignore[list-item]
@@ -123,7 +123,7 @@ def test_one_process(objective: dict[str, Any], name: str) -> None:
 @pytest.mark.slow
 def test_two_processes(objective: dict[str, Any], tmp_path: Path) -> None:
     settings = {key: value for key, value in objective.items() if key != "expected"} | REFERENCE
-    settings |= {"devices": 2, "batch_size": 2, "accumulate": 2, "packing": "batch"}
+    settings |= {"devices": 2, "batch_size": 2, "accumulate": 2, "packing": "batch", "reference": "cached"}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     subprocess.run(
         [sys.executable, "-m", __name__, str(tmp_path / "settings.json"), str(tmp_path / "out.pt")],
@@ -142,6 +142,26 @@ def test_the_adapter_switched_off_is_the_copy_of_the_base(tmp_path: Path) -> Non
     assert abs(off[1][0] - math.log(2)) > 1e-3  # the policy has moved: the reference counts
     assert off[1] == pytest.approx(copy[1], rel=1e-6)
     assert_same_gradient(off[0][0], copy[0][0])
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "LoRA"])
+@pytest.mark.parametrize("packing", ["batch", "none"])
+def test_a_cached_reference_is_the_copy(
+    adapter: Any, packing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"objective": "DPO", "path": str(write_pairs(tmp_path)), "cache": str(tmp_path / "cache")}
+    settings |= REFERENCE | {"packing": packing, "adapter": adapter}
+    copy = run(settings | {"reference": "copy"})
+    said = "model.reference: scoring all pairs once"
+    for time in range(2):
+        cached = run(settings | {"reference": "cached"})
+        assert cached[1] == pytest.approx(copy[1], rel=1e-6)
+        assert_same_gradient(cached[0][0], copy[0][0])
+        assert (said in capsys.readouterr().err) == (time == 0)  # then it is on disk
+    other = run(settings | {"reference": "cached", "seed": 2}), run(settings | {"reference": "copy", "seed": 2})
+    assert said in capsys.readouterr().err  # another model's is another
+    assert other[0][1] == pytest.approx(other[1][1], rel=1e-6)
+    assert abs(other[0][1][0] - copy[1][0]) > 1e-4
 
 
 VIRTUAL = {"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_tokens": 3}}
