@@ -18,6 +18,7 @@ EPILOG = """examples:
   recipes generate -m runs/sft/quickstart/0                      talk (Ctrl-C stops an answer, /help lists commands)
   recipes generate -m FOLDER --prompt "What is a list?"          one answer on standard output
   recipes generate -m FOLDER --file in.jsonl --out out.jsonl     all rows; the same command goes on where it stopped
+  recipes generate -m FOLDER --file in.jsonl --out out.jsonl --strategy sample --samples 8      for `recipes score`
   recipes generate -m FOLDER -c generate/sample --temperature 0.5
   recipes generate -m BASE --adapter terse=runs/a --adapter kind=runs/b --use kind      two adapters in one base"""
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--file", metavar="JSONL", help="answer each row: its `prompt` (text or messages) or `messages`")
     what.add_argument("--out", metavar="JSONL", help="where the answers to --file go; rows that are there are kept")
     what.add_argument("--column", metavar="NAME", help="the column of --file that holds the prompt")
+    what.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each row of --file (default: 1)")
     what.add_argument("--overwrite", action="store_true", help="begin --out anew")
     what.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     what.add_argument("--system", metavar="TEXT", help="system message that stands before each conversation")
@@ -92,6 +94,10 @@ def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
     generator = make_generator(args)
     _check(args)
+    if args.samples > 1 and generator.strategy != "sample":
+        raise UserError(
+            f"--samples {args.samples}: all the same under strategy {generator.strategy!r}; set --strategy sample"
+        )
     from recipes.open_model import find_adapters, find_model, open_model
 
     source = find_model(args.model)
@@ -99,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if args.file:
         from recipes.generate_file import FileJob
 
-        job = FileJob(Path(args.file), Path(args.out), args.column, args.overwrite)
+        job = FileJob(Path(args.file), Path(args.out), args.column, args.overwrite, args.samples)
         job.read_prompts()
         job.check_rows([source, *adapters.values()][: 1 + bool(adapters)], generator, vars(args))
         if not job.missing:
@@ -146,6 +152,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag in ("column", "overwrite"):
         if getattr(args, flag) and not args.file:
             raise UserError(f"--{flag}: goes with --file")
+    if args.samples < 1 or (args.samples > 1 and not args.file):
+        raise UserError(f"--samples {args.samples}: 1 or more, and goes with --file")
 
 
 def as_prompt(text: str, chat: bool, system: str | None) -> Prompt:

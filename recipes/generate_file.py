@@ -40,13 +40,15 @@ class FileJob:
         out: JSON lines; kept where it has rows of this job.
         column: the column that holds the prompt (default: ``prompt`` or ``messages``).
         overwrite: begin ``out`` anew.
+        samples: answers to each row, which stand one after another: then ``row`` counts answers.
     """
 
-    def __init__(self, source: Path, out: Path, column: str | None, overwrite: bool) -> None:
+    def __init__(self, source: Path, out: Path, column: str | None, overwrite: bool, samples: int = 1) -> None:
         self.source = source
         self.out = out
         self.column = column
         self.overwrite = overwrite
+        self.samples = samples
         self.prompts: list[Prompt] = []
         self.references: list[str | None] = []
         self.done: set[int] = set()
@@ -74,8 +76,8 @@ class FileJob:
         for row in read_file(self.source, "jsonl", None):
             place = f"{display(self.source)}:{row.number}"
             prompt, reference = self._prompt(row.columns, place)
-            self.prompts.append(prompt)
-            self.references.append(reference)
+            self.prompts += [prompt] * self.samples
+            self.references += [reference] * self.samples
         if not self.prompts:
             raise UserError(f"--file {self.source}: the file is empty")
 
@@ -124,7 +126,7 @@ class FileJob:
                 raise UserError(f"{place}: made by other settings or another model; name another --out, or --overwrite")
             if place_of not in range(len(self.prompts)) or prompt != digest(self.prompts[place_of]):
                 raise UserError(
-                    f"{place}: answers another prompt than row {place_of} of {display(self.source)}; name "
+                    f"{place}: answers another prompt than row {place_of} of this job on {display(self.source)}; name "
                     f"another --out, or --overwrite"
                 )
             self.done.add(place_of)
@@ -150,7 +152,8 @@ class FileJob:
             if isinstance(prompt, str):
                 prompts.append(as_prompt(prompt, chat, system))
             elif not chat:
-                raise UserError(f"row {place} of {display(self.source)}: messages need a chat template (and no --raw)")
+                number = place // self.samples
+                raise UserError(f"row {number} of {display(self.source)}: messages need a chat template (and no --raw)")
             else:
                 has_system = prompt[0]["role"] == "system"
                 prompts.append(prompt if has_system else [*system_message(system), *prompt])

@@ -103,7 +103,7 @@ def open_model(
 
     from llm_modules.tokenizer import load_tokenizer
 
-    place = _device(device)
+    place = open_device(device)
     logging.disable_progress_bar()
     try:
         tokenizer = load_tokenizer(str(next(iter(adapters.values())) if adapters else source))
@@ -145,7 +145,7 @@ def _same_tokenizer(name: str, own: Any, other: Any) -> None:
         )
 
 
-def _device(name: str) -> Any:
+def open_device(name: str) -> Any:
     import torch
 
     if name == "auto":

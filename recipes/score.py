@@ -1,0 +1,227 @@
+"""`recipes score`: answers get a reward model's scores; kept are all, the best of n, pairs, or those above a score."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.errors import UserError
+from recipes.yaml_tree import display
+
+if TYPE_CHECKING:
+    from llm_modules.zoo.reward_model import RewardModel
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+
+POSITIONS = 4096
+"""Tokens scored at once, at least one answer."""
+
+EPILOG = """examples:
+  recipes generate -m MODEL --file prompts.jsonl --out answers.jsonl --strategy sample --samples 8
+  recipes score -m runs/reward/hh/0 --file answers.jsonl --out scores.jsonl               every answer, its score
+  recipes score -m runs/reward/hh/0 --file answers.jsonl --out best.jsonl --keep best     of 8 the best, to fine-tune on
+  recipes score -m runs/reward/hh/0 --file answers.jsonl --out pairs.jsonl --keep pairs   best and worst, for DPO
+  recipes score -m runs/reward/hh/0 --file answers.jsonl --out good.jsonl --keep above --above 1.0"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("-m", "--model", required=True, metavar="FOLDER", help="a reward model's folder, or its run")
+    parser.add_argument(
+        "--file",
+        required=True,
+        type=Path,
+        metavar="JSONL",
+        help="rows with `prompt` (text or messages) and `completion`",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="JSONL", help="where the rows go; written whole")
+    parser.add_argument(
+        "--keep",
+        choices=("all", "best", "pairs", "above"),
+        default="all",
+        help="all: each row with its `score`; best: of the answers to a prompt, as `messages`; pairs: best and worst, "
+        "as `chosen` and `rejected`; above: all above --above, as `messages` (default: all)",
+    )
+    parser.add_argument("--above", type=float, metavar="SCORE", help="goes with --keep above")
+    parser.add_argument("--overwrite", action="store_true", help="write over --out")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if (args.above is None) == (args.keep == "above"):
+        raise UserError("--above SCORE goes with --keep above, and the other way round")
+    if not args.file.is_file():
+        raise UserError(f"--file {args.file}: no such file")
+    if args.out.exists() and (not args.overwrite or args.out.samefile(args.file)):
+        raise UserError(f"--out {args.out}: is there; name another file, or --overwrite (never --file itself)")
+    rows, talks = read_rows(args.file)
+    folder = reward_folder(args.model)
+    scores = Scorer(folder, args.device)(talks, rows)
+    scored = [row | {"score": score} for (_, row), score in zip(rows, scores, strict=True)]
+    kept, passed = select(scored, talks, args.keep, args.above)
+    write(args.out, kept)
+    mean = sum(scores) / len(scores)
+    print(
+        f"{display(args.out.absolute())}: {len(kept)} rows of {len(rows)} answers, mean score {mean:.3f}"
+        + (f"; {passed} prompts have no two answers of different scores" if passed else ""),
+        file=sys.stderr,
+    )
+    return 0
+
+
+def read_rows(file: Path) -> tuple[list[tuple[str, Row]], list[list[Message]]]:
+    """(place, row) of each answer, and the conversation that it ends.
+
+    Raises:
+        UserError: no prompt or no answer in a row.
+    """
+    from llm_modules.data.readers import read_file
+
+    rows, talks = [], []
+    for row in read_file(file, "jsonl", None):
+        place, columns = f"{display(file)}:{row.number}", row.columns
+        prompt, answer = columns.get("prompt"), columns.get("completion")
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if not isinstance(prompt, list) or not prompt or not isinstance(answer, str):
+            there = ", ".join(map(str, columns)) or "none"
+            raise UserError(
+                f"{place}: a row needs `prompt` (text or messages) and `completion` (text); there are: {there}"
+            )
+        rows.append((place, columns))
+        talks.append([*prompt, {"role": "assistant", "content": answer}])
+    if not rows:
+        raise UserError(f"--file {file}: the file is empty")
+    return rows, talks
+
+
+def reward_folder(name: str) -> Path:
+    """The folder of a reward model.
+
+    Raises:
+        UserError: there is none, or it is of a language model.
+    """
+    from transformers import AutoConfig
+
+    from llm_modules.zoo.reward_model import is_classifier
+    from recipes.open_model import find_model
+
+    found = find_model(name)
+    if not isinstance(found, Path):
+        raise UserError(f"-m {name}: name a folder")
+    if not is_classifier(AutoConfig.from_pretrained(found)):
+        raise UserError(
+            f"-m {name}: a language model, no reward model; make one with: recipes fit -c reward/quickstart"
+        )
+    return found
+
+
+class Scorer:
+    """A reward model with its tokenizer and chat template.
+
+    Args:
+        folder: as `recipes fit` of a ``RewardModule`` leaves it.
+        device: as of ``open_model``.
+    """
+
+    def __init__(self, folder: Path, device: str) -> None:
+        from llm_modules.tokenizer import load_tokenizer
+        from recipes.open_model import open_device
+
+        self.device, self.folder = open_device(device), folder
+        self.tokenizer = load_tokenizer(str(folder))
+        if not self.tokenizer.chat_template:
+            raise UserError(f"-m {display(folder)}: its tokenizer has no chat template, under which it was trained")
+
+    def __call__(self, talks: Sequence[list[Message]], rows: Sequence[tuple[str, Row]]) -> list[float]:
+        """The score of each conversation at its last token, in their order.
+
+        Raises:
+            UserError: one has more tokens than the model has positions.
+        """
+        from llm_modules.zoo import Backbone
+
+        encoded: Any = [self.tokenizer.apply_chat_template(talk) for talk in talks]
+        ids: list[list[int]] = [tokens["input_ids"] for tokens in encoded]
+        longest = max(map(len, ids))
+        backbone = Backbone(source=str(self.folder))
+        config = backbone.model_config(vocabulary=len(self.tokenizer))
+        positions = getattr(config.get_text_config(), "max_position_embeddings", longest)
+        if longest > positions:
+            place, _ = rows[next(i for i, tokens in enumerate(ids) if len(tokens) > positions)]
+            raise UserError(f"{place}: {longest} tokens, more than the reward model's {positions} positions")
+        model: Any = backbone.build(tokenizer=self.tokenizer, sequence_length=longest, seed=0, scalar=True)
+        model.to(self.device).eval()
+        scores: list[float] = []
+        for part in _parts(ids, 1 if model.packing_problem else POSITIONS):
+            scores += _scores(model, part, self.device)
+        return scores
+
+
+def _parts(ids: Sequence[list[int]], positions: int) -> Iterator[list[list[int]]]:
+    """Neighbours that together have at most so many tokens, or one that has more."""
+    part: list[list[int]] = []
+    for tokens in ids:
+        if part and sum(map(len, part)) + len(tokens) > positions:
+            yield part
+            part = []
+        part.append(tokens)
+    yield part
+
+
+def _scores(model: RewardModel, part: list[list[int]], device: Any) -> list[float]:
+    import torch
+
+    ends = torch.tensor([0, *map(len, part)]).cumsum(0)
+    row = torch.tensor([token for tokens in part for token in tokens])[None]
+    places = torch.cat([torch.arange(len(tokens)) for tokens in part])[None]
+    offsets = None if model.packing_problem else ends.int().to(device)
+    with torch.no_grad():
+        found = model(row.to(device), places.to(device), ends[1:].to(device) - 1, offsets, max(map(len, part)))
+    return [float(score) for score in found]
+
+
+def select(scored: list[Row], talks: list[list[Message]], keep: str, above: float | None) -> tuple[list[Row], int]:
+    """The rows to be written, and how many prompts have nothing to choose between (of which ``pairs`` has no row)."""
+    if keep == "all":
+        return scored, 0
+    if above is not None:
+        return [{"messages": talk, "score": row["score"]} for row, talk in zip(scored, talks, strict=True)
+                if row["score"] > above], 0  # fmt: skip
+    kept, passed = [], 0
+    both = list(zip(scored, talks, strict=True))
+    for _, group in groupby(both, key=lambda item: json.dumps(item[1][:-1], sort_keys=True)):
+        answers = sorted(group, key=lambda item: -item[0]["score"])  # the first of equals stays first
+        (best, talk), (worst, other) = answers[0], answers[-1]
+        same = best["score"] == worst["score"]
+        passed += same
+        if keep == "best":
+            kept.append({"messages": talk, "score": best["score"], "of": len(answers)})
+        elif not same:
+            texts = {"chosen": talk[-1]["content"], "rejected": other[-1]["content"]}
+            kept.append({"messages": talk[:-1]} | texts | {"scores": [best["score"], worst["score"]]})
+    return kept, passed
+
+
+def write(out: Path, rows: Iterable[Row]) -> None:
+    """Whole, or not at all."""
+    temporary = out.with_name(f".{out.name}-partial-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

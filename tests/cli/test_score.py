@@ -1,0 +1,146 @@
+"""Answers are sampled, scored by a reward model, and chosen from; the scores are those of transformers' classifier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_modules.language_model import LanguageModelModule
+from llm_modules.reward import RewardModule
+from llm_modules.tokenizer import byte_tokenizer
+from llm_modules.zoo import Backbone
+from recipes.__main__ import main
+from tests.parity.test_trl_sft import LLAMA, TEMPLATE
+
+PROMPTS = ["one", [{"role": "system", "content": "be short"}, {"role": "user", "content": "two"}]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``model/`` and ``reward/``, lively, of one tokenizer with a template."""
+    path = tmp_path_factory.mktemp("models")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    for name, kind in (("model", LanguageModelModule), ("reward", RewardModule)):
+        module = kind(Backbone(config=LLAMA), sequence_length=96, seed=3)
+        module.configure_model()
+        assert module.model is not None
+        with torch.no_grad():
+            for parameter in module.model.parameters():
+                parameter.mul_(1.5)
+        module.export(path / name)
+        tokenizer.save_pretrained(path / name)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "reward"):
+        Path(name).symlink_to(models / name)
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(name).read_text().splitlines()]
+
+
+def sample(*words: str, out: str = "answers.jsonl") -> int:
+    flags = ["--strategy", "sample", "--samples", "3", "--max_new_tokens", "6", "--out", out]
+    return main(["generate", "-m", "model", "--file", "prompts.jsonl", *flags, *words])
+
+
+def score(*words: str, out: str = "out.jsonl", source: str = "answers.jsonl", model: str = "reward") -> int:
+    return main(["score", "-m", model, "--file", source, "--out", out, *words])
+
+
+def test_answers_are_sampled_scored_and_chosen_from() -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    assert sample() == 0
+    answers = rows("answers.jsonl")
+    assert [row["row"] for row in answers] == list(range(6))
+    assert [row["prompt"] for row in answers] == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+    assert len({row["completion"] for row in answers}) > 3
+    assert score() == 0
+    scored = rows("out.jsonl")
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained("reward"),
+        AutoTokenizer.from_pretrained("reward"),
+    )
+    for row, answer in zip(scored, answers, strict=True):
+        assert {key: row[key] for key in answer} == answer
+        prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+        talk = [*prompt, {"role": "assistant", "content": row["completion"]}]
+        with torch.no_grad():
+            logits = model(tokenizer.apply_chat_template(talk, return_tensors="pt")["input_ids"]).logits
+        assert row["score"] == pytest.approx(float(logits), abs=1e-5)
+    by_prompt = [scored[:3], scored[3:]]
+    best = [max(group, key=lambda row: row["score"]) for group in by_prompt]
+    worst = [min(group, key=lambda row: row["score"]) for group in by_prompt]
+    assert score("--keep", "best", out="best.jsonl") == 0
+    assert [row["messages"][-1]["content"] for row in rows("best.jsonl")] == [row["completion"] for row in best]
+    assert rows("best.jsonl")[1]["messages"][:-1] == PROMPTS[1]
+    assert score("--keep", "pairs", out="pairs.jsonl") == 0
+    found = [(row["chosen"], row["rejected"]) for row in rows("pairs.jsonl")]
+    assert found == [(a["completion"], b["completion"]) for a, b in zip(best, worst, strict=True)]
+    limit = sorted(row["score"] for row in scored)[3]
+    assert score("--keep", "above", "--above", str(limit), out="above.jsonl") == 0
+    assert [row["score"] for row in rows("above.jsonl")] == [row["score"] for row in scored if row["score"] > limit]
+
+
+def test_what_is_kept_is_what_recipes_train_on() -> None:
+    from llm_modules.data.chat import conversation
+    from llm_modules.data.preferences import preference_pair
+    from llm_modules.data.sources import Row
+
+    talk, other = ({"prompt": "2 + 2?", "completion": text} for text in ("four", "five"))
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (talk, other)))
+    for keep in ("best", "pairs"):
+        assert score("--keep", keep, out=f"{keep}.jsonl") == 0
+    assert conversation(Row(rows("best.jsonl")[0], "best.jsonl", 1)).messages[0]["content"] == "2 + 2?"
+    pair = preference_pair(Row(rows("pairs.jsonl")[0], "pairs.jsonl", 1))
+    assert pair.prompt == [{"role": "user", "content": "2 + 2?"}]
+    assert {pair.chosen, pair.rejected} == {"four", "five"}
+
+
+def test_prompts_with_nothing_to_choose_between_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("answers.jsonl").write_text((json.dumps({"prompt": "a", "completion": "b"}) + "\n") * 2)
+    assert score("--keep", "pairs") == 0
+    assert rows("out.jsonl") == []
+    assert "0 rows of 2 answers" in (said := capsys.readouterr().err)
+    assert "1 prompts have no two answers of different scores" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"model": "model"}, "-m model: a language model, no reward model"),
+        ({"source": "none.jsonl"}, "--file none.jsonl: no such file"),
+        ({"source": "empty.jsonl"}, "--file empty.jsonl: the file is empty"),
+        ({"source": "prompts.jsonl"}, "prompts.jsonl:1: a row needs `prompt` (text or messages) and `completion`"),
+        ({"source": "long.jsonl"}, "tokens, more than the reward model's"),
+        ({"out": "prompts.jsonl"}, "--out prompts.jsonl: is there; name another file, or --overwrite"),
+        ({"words": ["--keep", "above"]}, "--above SCORE goes with --keep above"),
+        ({"words": ["--above", "1"]}, "--above SCORE goes with --keep above"),
+    ],
+)
+def test_mistakes_are_one_line(words: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("answers.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    Path("empty.jsonl").write_text("")
+    Path("long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 5000}) + "\n")
+    assert score(*words.pop("words", []), **words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("recipes: ")]
+    assert message in line
+    assert not Path("out.jsonl").exists()
+
+
+def test_samples_that_would_be_the_same_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample("--strategy", "greedy") == 2
+    assert "--samples 3: all the same under strategy 'greedy'; set --strategy sample" in capsys.readouterr().err
+    assert sample("--samples", "0") == 2
+    assert "--samples 0: 1 or more" in capsys.readouterr().err
