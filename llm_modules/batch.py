@@ -109,7 +109,7 @@ class PreferenceBatch(TokenBatch):
             return ends if self.shared_keys is None else ends.view(-1, 3)[:, 1:].flatten()
         width = self.input_ids.shape[1]
         starts = torch.arange(len(self.input_ids), device=self.input_ids.device) * width
-        return starts + (width if self.lengths is None else self.lengths) - 1
+        return starts + (width if self.lengths is None else self.lengths.clamp(min=1)) - 1
 
     @property
     def pair_rows(self) -> list[int]:

@@ -35,8 +35,8 @@ class PreferenceModule(LLMModule):
         reference: what the objective compares with, where it needs that: ``base``: the model without its adapter (no
             memory); ``copy``: a frozen copy of the model as the backbone describes it, whole on each device;
             ``cached``: what such a copy says of all pairs, computed once before the first step and kept on disk beside
-            the tokens (under the digest of its weights, so it is never another model's); ``auto``: the base where
-            there is an adapter that leaves it as it is, else a copy.
+            the tokens (under the digest of its weights and config, so it is never another model's); ``auto``: the base
+            where there is an adapter that leaves it as it is, else a copy.
         generator: how `predict` generates; None: greedy.
         tokenizer: folder, hub id or ``builtin:bytes`` (set once, at the top of the recipe).
         sequence_length: longest prompt with an answer in tokens (set once, at the top of the recipe).
@@ -107,7 +107,7 @@ class PreferenceModule(LLMModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "pair_values"):
             raise ValueError(f"model.reference: cached, but {type(data).__name__} keeps nothing; allowed: copy, auto")
-        identity = f"reference {weights_digest(self._copy[0].hf)} {self.trainer.precision}"
+        identity = self._identity(self._copy[0])
         count, values = data.pair_values(identity)
         lacking = torch.tensor(float(values is None), device=self.device)  # on one node, maybe: then all compute
         if float(self.sum_over_ranks(lacking)):
@@ -115,6 +115,12 @@ class PreferenceModule(LLMModule):
             if self.local_rank == 0:
                 data.keep_pair_values(identity, values)
         self._cached, self._copy = torch.from_numpy(values), ()
+
+    def _identity(self, copy: CausalLM) -> str:
+        """All of a reference that its log-probabilities depend on."""
+        built = [getattr(self.backbone, name) for name in ("attention", "fp8", "quantization", "adapter")]
+        config = copy.hf.config.to_json_string(use_diff=False)
+        return f"reference {weights_digest(copy)} {config} {built} {self.trainer.precision}"
 
     @torch.no_grad()
     def _score_all(self, copy: CausalLM, data: Any, count: int) -> Tensor:

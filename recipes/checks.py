@@ -60,7 +60,12 @@ def _check_positive(composed: Composed) -> list[str]:
 
 def _check_overlays(composed: Composed) -> list[str]:
     """Overlays that contradict each other. Of two the later wins, where it sets all that the earlier one has set."""
-    return [*_two_adapters(composed), *_two_precisions(composed), *_more_than_single(composed)]
+    return [
+        *_two_adapters(composed),
+        *_two_precisions(composed),
+        *_fsdp1_quantized(composed),
+        *_more_than_single(composed),
+    ]
 
 
 def _of_kind(composed: Composed, kind: str) -> list[tuple[str, list[tuple[Key, Node]]]]:
@@ -91,11 +96,37 @@ def _two_precisions(composed: Composed) -> list[str]:
     for name, leaves in overlays[:-1]:
         stays = [f"`{dotted(key)}`" for key, node in leaves if node.origin in in_force]
         if 0 < len(stays) < len(leaves):
-            return [
-                f"-c {overlays[-1][0]}: contradicts -c {name}, of which {', '.join(stays)} would stay; leave one of "
-                "them out, and set what is to differ by a flag"
-            ]
+            return [_contradiction(overlays[-1][0], name, stays)]
+    # An adapter's overlay may quantize the base, too: adapters/qlora.
+    now = composed.values.get("trainer", {}).get("precision")
+    for name, leaves in _of_kind(composed, "adapters"):
+        wanted = [node for key, node in leaves if key == ("trainer", "precision")]
+        stays = [f"`{dotted(key)}`" for key, node in leaves if key[-1] == "quantization" and node.origin in in_force]
+        if overlays and stays and wanted and wanted[0].origin not in in_force and wanted[0].value != now:
+            return [_contradiction(overlays[-1][0], name, stays)]
     return []
+
+
+def _contradiction(later: str, earlier: str, stays: list[str]) -> str:
+    return (
+        f"-c {later}: contradicts -c {earlier}, of which {', '.join(stays)} would stay; leave one of them out, and set "
+        "what is to differ by a flag"
+    )
+
+
+def _fsdp1_quantized(composed: Composed) -> list[str]:
+    """Found here, before processes are started."""
+    trainer, model = composed.values.get("trainer") or {}, composed.values.get("model") or {}
+    strategy = trainer.get("strategy")
+    name = strategy.get("class_path") if isinstance(strategy, dict) else None
+    backbone = (model.get("init_args") or model).get("backbone") if isinstance(model, dict) else None
+    quantized = isinstance(backbone, dict) and backbone.get("quantization")
+    if not quantized or not str(name).endswith(".FSDP1Strategy"):
+        return []
+    return [
+        f"{composed.origin(('trainer', 'strategy'))}: `trainer.strategy`: FSDP1 lays weights of one dtype end to end, "
+        f"and a base in {quantized} is of several; use strategies/fsdp2, which shards each by itself"
+    ]
 
 
 def _more_than_single(composed: Composed) -> list[str]:

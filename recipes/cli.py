@@ -173,6 +173,9 @@ class RecipeCLI(LightningCLI):
         out_of_time = any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
         return self.trainer.state.status == "finished" and not self.trainer.received_sigterm and not out_of_time
 
+    trains = True
+    """Whether the metrics are those of a training."""
+
     def use_folder(self, folder: Path | None, owned: RunFolder | None) -> None:
         """Everything that writes, writes into the run's folder (None: rank 0 will say which)."""
         self.folder = folder
@@ -183,8 +186,8 @@ class RecipeCLI(LightningCLI):
     def loggers(self, folder: Path) -> list[Logger]:
         """Our metrics.csv, and the loggers of the config (default: TensorBoard); none for `logger: false`."""
         chosen = self.config.trainer.logger
-        if chosen is False:
-            return []
+        if chosen is False or not self.trains:
+            return []  # what a validation of a run says is no point of its curve
         csv = ours.MetricsCSV(folder)
         if chosen is None or chosen is True:
             return [csv, TensorBoardLogger(str(folder), name="", version="tensorboard")]

@@ -86,12 +86,16 @@ def _check_sides(composed: Composed, strategy: Any, size: int) -> None:
     """The sides of a mesh of devices must multiply to their number."""
     place = composed.origin(("trainer", "strategy", "init_args"))
     tensor, data = getattr(strategy, "_tensor_parallel_size", 1), getattr(strategy, "_data_parallel_size", 1)
-    ours = getattr(strategy, "tensor_parallel", None)  # of ours the other side follows
-    if isinstance(ours, int) and size % ours:
-        raise UserError(
-            f"{place}: `strategy.tensor_parallel` is {ours}, which does not divide the number of devices, {size}; set "
-            "trainer.devices to a multiple of it"
-        )
+    ours, sharing = getattr(strategy, "tensor_parallel", None), 1  # of ours the other side follows
+    for name in ("tensor_parallel", "context_parallel"):
+        side = getattr(strategy, name, 1)
+        sharing *= side if isinstance(side, int) else 1
+        if size % sharing:
+            what = f"is {side}" if side == sharing else f"makes groups of {sharing} devices"
+            raise UserError(
+                f"{place}: `strategy.{name}` {what}, which does not divide the number of devices, {size}; set "
+                "trainer.devices to a multiple of it"
+            )
     if ours is None and isinstance(tensor, int) and isinstance(data, int) and tensor * data not in (1, size):
         raise UserError(
             f"{place}: `data_parallel_size` {data} x `tensor_parallel_size` {tensor} is {data * tensor}, but there are "

@@ -180,7 +180,7 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
     check_values(composed)
     values = _parsed(composed)
     world = nodes * args.devices
-    replicas = world // _tensor_parallel(composed, values, world)
+    replicas = world // _sharing_rows(composed, values, world)
     batch = ((values.get("data") or {}).get("init_args") or {}).get("batch_size")
     window = values["trainer"].get("accumulate_grad_batches") or 1
     if args.rows_per_step is not None:
@@ -235,7 +235,7 @@ def _parsed(composed: Composed) -> dict[str, Any]:
     return values
 
 
-def _tensor_parallel(composed: Composed, values: dict[str, Any], world: int) -> int:
+def _sharing_rows(composed: Composed, values: dict[str, Any], world: int) -> int:
     """Devices that work on the same rows. The sides of a mesh of devices must multiply to their number."""
     strategy = values["trainer"].get("strategy")
     sides = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
@@ -246,17 +246,20 @@ def _tensor_parallel(composed: Composed, values: dict[str, Any], world: int) -> 
             f"{composed.origin(key)}: `data_parallel_size` {data} x `tensor_parallel_size` {tensor} is "
             f"{data * tensor}, but there are {world} devices (--nodes x --devices)"
         )
-    name = "tensor_parallel" if "tensor_parallel" in sides else "tensor_parallel_size"
-    tensor = sides.get(name, 1)
-    if not isinstance(tensor, int):
-        return 1
-    if tensor < 1 or world % tensor:
-        key = tuple(long_key(composed.root, f"trainer.strategy.{name}").split("."))
-        raise UserError(
-            f"{composed.origin(key)}: `{name}` is {tensor}, which does not divide the {world} devices "
-            "(--nodes x --devices)"
-        )
-    return tensor
+    sharing = 1
+    for name in ("tensor_parallel", "tensor_parallel_size", "context_parallel"):
+        side = sides.get(name, 1)
+        if not isinstance(side, int):
+            continue
+        sharing *= side
+        if side < 1 or world % sharing:
+            key = tuple(long_key(composed.root, f"trainer.strategy.{name}").split("."))
+            what = f"is {side}" if side == sharing else f"makes groups of {sharing} devices"
+            raise UserError(
+                f"{composed.origin(key)}: `{name}` {what}, which does not divide the {world} devices "
+                "(--nodes x --devices)"
+            )
+    return sharing
 
 
 def _window(rows: int, replicas: int, parts: str, batch: Any) -> int:

@@ -107,9 +107,7 @@ def slow_precision(trainer: Any) -> list[str]:
     precision, device = str(trainer.precision), trainer.strategy.root_device
     if device.type != "cpu" or not precision.startswith("bf16") or multiplies_bfloat16():
         return []
-    return [
-        f"precision   {precision}: this processor has no bf16 instructions; 32-true (-c precision/32-true) is faster"
-    ]
+    return [f"precision   {precision}: this processor has no bf16 instructions; --trainer.precision 32-true is faster"]
 
 
 def audit(cli: RecipeCLI) -> Any:

@@ -159,6 +159,7 @@ def _folder(
 ) -> Iterator[RunFolder | None]:
     """Gives the run a folder, and yields it to the process that owns it (rank 0); one that never began is removed."""
     told, zero = told_folder(), cli.trainer.is_global_zero
+    cli.trains = command.verb == "fit"
     needed = command.verb in ("fit", "predict") or resumed is not None
     if not needed:
         yield None

@@ -88,22 +88,34 @@ class PreferenceDataModule(TokenDataModule):
             yield from self._evaluation(part)
 
     def pair_values(self, identity: str) -> tuple[int, NDArray[np.float64] | None]:
-        """The number of stored documents, and what ``keep_pair_values`` has kept of them; None where a part is missing.
+        """The number of stored documents, and what ``keep_pair_values`` has kept of them; None where some of those that
+        are dealt to a part now are not there.
 
         Args:
             identity: of what was computed, and of the model that did it. (Of which tokens is added here.)
         """
         files = self._value_files(identity)
         there = [np.load(file) for file in files if file.is_file()]
-        return len(self.corpus.starts), np.concatenate(there) if len(there) == len(files) else None
+        values = np.concatenate(there) if len(there) == len(files) else None
+        lacking = values is None or np.isnan(values[self._dealt()]).any()
+        return len(self.corpus.starts), None if lacking else values
 
     def keep_pair_values(self, identity: str, values: NDArray[np.float64]) -> None:
-        """Writes (documents, ...) numbers beside the tokens that they are of, each file whole or not at all."""
+        """Writes (documents, ...) numbers of the documents that are dealt to a part beside the tokens that they are of,
+        each file whole or not at all; what it has of others stays."""
+        known = np.full_like(values, np.nan)
+        known[self._dealt()] = values[self._dealt()]
         for number, file in enumerate(self._value_files(identity)):
             file.parent.mkdir(parents=True, exist_ok=True)
+            own = known[self.corpus.first[number] : self.corpus.first[number + 1]]
+            if file.is_file():
+                own = np.where(np.isnan(own), np.load(file), own)
             temporary = file.with_name(f".{file.stem}-{os.getpid()}.npy")
-            np.save(temporary, values[self.corpus.first[number] : self.corpus.first[number + 1]])
+            np.save(temporary, own)
             temporary.replace(file)
+
+    def _dealt(self) -> Indices:
+        return np.concatenate([np.zeros(0, dtype=np.int64), *self.corpus.documents.values()])
 
     def _value_files(self, identity: str) -> list[Path]:
         """One for each source; its name is a digest of all that the numbers depend on."""

@@ -30,6 +30,10 @@ VALUES = ("margin", "chosen_safe", "rejected_safe")
 """Columns that a pair may have beside its texts: by how much the chosen answer is better, and whether each is safe."""
 
 
+class NoPair(ValueError):
+    """A row that holds no two different answers to one prompt."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """A prompt and two answers to it.
@@ -54,13 +58,14 @@ def preference_pair(row: Row) -> Pair:
     that end with the answer (with or without what came before), or as dialogues in the style of hh-rlhf.
 
     Raises:
-        ValueError: one line that names the file, the row and what is wrong with the pair.
+        NoPair: one line that names the file, the row and what is wrong with the pair.
+        ValueError: the same of a column beside it that cannot be read.
     """
     columns = row.columns
     if missing := [name for name in ("chosen", "rejected") if not columns.get(name)]:
         there = ", ".join(map(str, columns)) or "none"
         what = "an empty answer in" if missing[0] in columns else "no column"
-        raise ValueError(f"{row.origin}: {what} {missing[0]!r}; a pair needs chosen and rejected; columns: {there}")
+        raise NoPair(f"{row.origin}: {what} {missing[0]!r}; a pair needs chosen and rejected; columns: {there}")
     before = _before(row)
     sides = {name: _side(row, name) for name in ("chosen", "rejected")}
     prompts = {
@@ -68,22 +73,20 @@ def preference_pair(row: Row) -> Pair:
         for name, messages in sides.items()
     }
     if prompts["chosen"] != prompts["rejected"]:
-        raise ValueError(
-            f"{row.origin}: the prompts of chosen and rejected differ; a pair is two answers to one prompt"
-        )
+        raise NoPair(f"{row.origin}: the prompts of chosen and rejected differ; a pair is two answers to one prompt")
     prompt, (chosen, rejected) = prompts["chosen"], (sides[name][-1]["content"] for name in ("chosen", "rejected"))
     if not prompt:
-        raise ValueError(
+        raise NoPair(
             f"{row.origin}: no prompt: chosen and rejected are texts, no dialogues (\\n\\nHuman: ...); a column prompt "
             "or messages is needed (name it with `columns`)"
         )
     if prompt[-1]["role"] == "assistant":
-        raise ValueError(f"{row.origin}: the prompt ends with the assistant; it must end with what is answered")
+        raise NoPair(f"{row.origin}: the prompt ends with the assistant; it must end with what is answered")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer.strip():
-            raise ValueError(f"{row.origin}: the {name} answer is empty")
+            raise NoPair(f"{row.origin}: the {name} answer is empty")
     if chosen.strip() == rejected.strip():
-        raise ValueError(f"{row.origin}: chosen and rejected are the same; nothing can be learned from that")
+        raise NoPair(f"{row.origin}: chosen and rejected are the same; nothing can be learned from that")
     return Pair(prompt, chosen, rejected, tuple(_value(row, name) for name in VALUES))
 
 
@@ -91,9 +94,9 @@ def _value(row: Row, name: str) -> float:
     value = row.columns.get(name)
     if value is None:
         return math.nan
-    if isinstance(value, bool) == (name != "margin") and isinstance(value, int | float):
+    if isinstance(value, bool) == (name != "margin") and isinstance(value, int | float) and math.isfinite(value):
         return float(value)
-    kind = "a number" if name == "margin" else "true or false"
+    kind = "a finite number" if name == "margin" else "true or false"
     raise ValueError(f"{row.origin}: {name} is {value!r}; it must be {kind}")
 
 
@@ -105,6 +108,8 @@ def _before(row: Row) -> list[Message]:
             return [{"role": "user", "content": value}]
         if isinstance(value, list) and value:
             return _messages(row, name, value)
+        if value and not isinstance(value, str):
+            raise NoPair(f"{row.origin}: {name} is of type {type(value).__name__}; a text or messages are needed")
     return []
 
 
@@ -118,11 +123,9 @@ def _side(row: Row, name: str) -> list[Message]:
     elif isinstance(value, str):
         messages = dialogue(value) or [{"role": "assistant", "content": value}]
     else:
-        raise ValueError(
-            f"{row.origin}: {name} is of type {type(value).__name__}; a text or a list of messages is needed"
-        )
+        raise NoPair(f"{row.origin}: {name} is of type {type(value).__name__}; a text or a list of messages is needed")
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{row.origin}: {name} ends with the {messages[-1]['role']}; it must end with the assistant")
+        raise NoPair(f"{row.origin}: {name} ends with the {messages[-1]['role']}; it must end with the assistant")
     return messages
 
 
@@ -141,7 +144,7 @@ def dialogue(text: str) -> list[Message]:
 def _messages(row: Row, name: str, value: list[Any]) -> list[Message]:
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise ValueError(f"{row.origin}: {name}: message {number} is no object with 'role' and 'content'")
+            raise NoPair(f"{row.origin}: {name}: message {number} is no object with 'role' and 'content'")
     return [dict(message) for message in value]
 
 
@@ -190,7 +193,7 @@ class PreferenceEncoder:
         starts = stops - encoded.lengths
         for number, row in enumerate(rows):
             parts = [slice(int(starts[i]), int(stops[i])) for i in (2 * number, 2 * number + 1)]
-            parts, drop = self._fitted(row, parts, encoded.trained, counts)
+            parts, drop = self._fitted(row, parts, encoded, counts)
             for part in parts:
                 tokens.append(encoded.tokens[part])
                 # Without a token to predict, the pair is left out when the parts are dealt.
@@ -215,15 +218,17 @@ class PreferenceEncoder:
         """The pair of a row, and whether it is a stand-in that is not to be dealt."""
         try:
             return preference_pair(row), False
-        except ValueError as error:
+        except NoPair as error:
             if self.bad_pairs == "error":
-                raise ValueError(f"{error} (data.bad_pairs is 'error'; allowed too: drop)") from error
+                raise NoPair(f"{error} (data.bad_pairs is 'error'; allowed too: drop)") from error
             return Pair([{"role": "user", "content": "-"}], "-", "-"), True
 
     def _fitted(
-        self, row: Row, parts: list[slice], trained: np.ndarray, counts: dict[str, int]
+        self, row: Row, parts: list[slice], encoded: Encoded, counts: dict[str, int]
     ) -> tuple[list[slice], bool]:
         """The parts cut to the sequence length, and whether the pair is dropped."""
+        tokens, trained = encoded.tokens, encoded.trained
+        assert trained is not None
         longest = max(part.stop - part.start for part in parts)
         if longest <= self.sequence_length:
             return parts, False
@@ -235,6 +240,7 @@ class PreferenceEncoder:
             )
         cut = [slice(part.start, min(part.stop, part.start + self.sequence_length)) for part in parts]
         drop = self.too_long == "drop" or not all(trained[part][1:].any() for part in cut)
+        drop = drop or np.array_equal(tokens[cut[0]], tokens[cut[1]])  # what told them apart was cut off
         counts["pairs dropped as too long"] += drop
         return cut, drop
 

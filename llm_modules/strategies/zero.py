@@ -25,6 +25,7 @@ from llm_modules.strategies.zero_nvme import (
     swap_folder,
     warn_if_nothing_is_swapped,
 )
+from llm_modules.strategies.zero_operators import say_who_compiles
 from llm_modules.strategies.zero_state import (
     load_zero_optimizer_state,
     load_zero_weights,
@@ -96,6 +97,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             super().setup_environment()
 
     def setup_distributed(self) -> None:
+        if self.local_rank == 0:
+            say_who_compiles()
         if isinstance(self.accelerator, CPUAccelerator):
             self.set_world_ranks()  # Lightning's own asks for indices of devices, which a CPU has not
             self._init_deepspeed_distributed()

@@ -280,12 +280,14 @@ class Backbone:
         return replace(summary, memory=memory)
 
     def _with_score(self, hf: PreTrainedModel, config: PretrainedConfig, problem: str | None) -> CausalLM:
-        from llm_modules.zoo.reward_model import RewardModel, is_classifier, stored_score
+        from llm_modules.zoo.reward_model import RewardModel, check_family, is_classifier, stored_score
 
+        check_family(config)
         if self.adapter is not None or self.quantization is not None:
             raise ValueError("backbone: a reward model is trained whole; leave adapter and quantization out")
-        folder = local_folder(self.source) if self.source is not None and self.pretrained else None
-        score = stored_score(folder) if folder is not None and is_classifier(config) else None
+        score = (
+            stored_score(self.source) if self.source is not None and self.pretrained and is_classifier(config) else None
+        )
         return RewardModel(hf, score, packing_problem=problem)
 
     def _weights(

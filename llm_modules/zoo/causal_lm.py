@@ -253,7 +253,13 @@ class CausalLM(nn.Module):
             self.virtual = virtual
 
     def computable(self, batch: PreferenceBatch) -> PreferenceBatch:
-        """The batch, each prompt once for each of its answers where this model cannot share it; said once."""
+        """The batch, each prompt once for each of its answers where this model cannot share it; said once.
+
+        Raises:
+            ValueError: it is no batch of pairs.
+        """
+        if not isinstance(batch, PreferenceBatch):
+            raise ValueError("data: this model learns from pairs of answers; use llm_modules.data.PreferenceDataModule")
         if batch.shared_keys is None or (problem := self.sharing_problem) is None:
             return batch
         if not self._said_apart:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_modules.zoo.causal_lm import CausalLM
+from llm_modules.zoo.configuration import local_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -91,7 +92,7 @@ def classifier(config: PretrainedConfig, state: dict[str, Tensor], head: str) ->
 
     config = copy.deepcopy(config)
     config.num_labels = 1
-    (dtype,) = {value.dtype for value in state.values() if value.is_floating_point()}
+    dtype = state[f"{head}.weight"].dtype
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     named = {SCORE if name == f"{head}.weight" else name: value for name, value in state.items()}
@@ -105,19 +106,32 @@ def is_classifier(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def stored_score(folder: Path) -> Tensor:
-    """(1, H) the head of a saved reward model.
+def check_family(config: PretrainedConfig) -> None:
+    """Raises a ValueError for a family of which transformers has no classifier to save it as."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"backbone: no reward model of {config.model_type!r}: transformers has no classifier of this family, as "
+            "which it would be saved"
+        )
+
+
+def stored_score(source: str) -> Tensor:
+    """(1, H) the head of a saved reward model: a folder, or a hub id.
 
     Raises:
         ValueError: there is none, or it has several labels.
     """
+    from huggingface_hub import snapshot_download
     from safetensors import safe_open
 
+    folder = local_folder(source) or Path(snapshot_download(source, allow_patterns="*.safetensors"))
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             if SCORE in tensors.keys():  # noqa: SIM118 - no dictionary
                 score = tensors.get_tensor(SCORE)
                 if score.shape[0] != 1:
-                    raise ValueError(f"backbone.source: {str(folder)!r} has {score.shape[0]} labels; a reward has one")
+                    raise ValueError(f"backbone.source: {source!r} has {score.shape[0]} labels; a reward has one")
                 return score
-    raise ValueError(f"backbone.source: {str(folder)!r} says that it is a classifier, but has no {SCORE!r}")
+    raise ValueError(f"backbone.source: {source!r} says that it is a classifier, but has no {SCORE!r}")

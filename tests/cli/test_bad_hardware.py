@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from recipes.__main__ import main
 
@@ -94,6 +96,11 @@ BATCH = {
 OVERLAYS = {
     "one device and two": (["-c", "strategies/single", "--trainer.devices", "2"], "contradicts -c strategies/single"),
     "one node and two": (["-c", "strategies/single", "--trainer.num_nodes", "2"], "contradicts -c strategies/single"),
+    "qlora and fp32": (
+        ["-c", "adapters/qlora", "-c", "precision/32-true"],
+        "-c precision/32-true: contradicts -c adapters/qlora, of which `model.backbone.quantization` would stay",
+    ),
+    "qlora and fsdp1": (["-c", "adapters/qlora", "-c", "strategies/fsdp1"], "a base in nf4-double is of several"),
     "two adapters": (["-c", "adapters/lora", "-c", "adapters/ia3"], "-c adapters/ia3: contradicts -c adapters/lora: "),
     "a quantized base and full precision": (
         ["-c", "adapters/lora", "-c", "precision/nf4", "-c", "precision/32-true"],
@@ -119,11 +126,26 @@ def test_a_dry_run_refuses_it_too(folder: Path, words: list[str]) -> None:
     assert main(["fit", "-c", "tiny", *words, "--dry-run"]) == 2
 
 
+@pytest.mark.parametrize("later", ["fsdp2", "tp", "fsdp2-tp", "context", "fsdp2-context"])
+def test_nothing_of_how_rows_are_shared_stays_of_an_earlier_strategy(
+    folder: Path, capsys: pytest.CaptureFixture[str], later: str
+) -> None:
+    def sides(*words: str) -> list[Any]:
+        assert main(["fit", "-c", "tiny", *words, "--print_config"]) == 0
+        strategy = yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"]["init_args"]
+        return [strategy["tensor_parallel"], strategy["context_parallel"]]
+
+    alone = sides("-c", f"strategies/{later}")
+    for earlier in ("tp", "context"):
+        assert sides("-c", f"strategies/{earlier}", "-c", f"strategies/{later}") == alone
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["-c", "strategies/single", "-c", "strategies/ddp", "--trainer.devices", "2"],
         ["-c", "strategies/tp", "-c", "strategies/fsdp2", "--trainer.devices", "1"],
+        ["-c", "adapters/qlora", "-c", "precision/bf16-mixed"],
         ["-c", "precision/16-mixed", "-c", "precision/bf16-mixed"],
     ],
 )
@@ -135,6 +157,15 @@ def test_the_later_of_two_that_set_the_same_wins(folder: Path, words: list[str])
     ("words", "text"),
     [
         (["-c", "strategies/single", "--devices", "2"], "contradicts -c strategies/single"),
+        (
+            ["-c", "strategies/context", "--devices", "3"],
+            "`context_parallel` is 2, which does not divide the 3 devices",
+        ),
+        (
+            ["-c", "strategies/context", "--devices", "6", "--trainer.strategy.tensor_parallel", "2"],
+            "makes groups of 4 devices, which does not divide the 6 devices",
+        ),
+        (["-c", "strategies/context", "--devices", "4", "--rows-per-step", "6"], "2 groups of devices x data.batch"),
         (["-c", "strategies/tp", "--devices", "3"], "`tensor_parallel` is 2, which does not divide the 3 devices"),
         (["-c", "strategies/tp", "--devices", "4", "--rows-per-step", "6"], "2 groups of devices x data.batch_size 2"),
         (["--devices", "2", "--nodes", "2", "--master", "a:port", "--node-rank", "1", "--job", "x"], "--master a:port"),

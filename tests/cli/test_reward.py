@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ def test_it_learns_goes_on_exactly_and_leaves_a_classifier() -> None:
     assert column(0, "val/accuracy")[-1] == 1.0
     assert column(0, "train/loss")[-1] < 0.5 * column(0, "train/loss")[0]
     assert 0 <= column(0, "val/calibration_error")[-1] <= 0.5
+    curve = Path("runs/reward/0/metrics.csv").read_bytes()
+    assert main(["validate", "-c", "reward", "--run", "0"]) == 0
+    assert Path("runs/reward/0/metrics.csv").read_bytes() == curve  # what it says is no point of the run's curve
+    assert '"val/accuracy": 1.0' in Path("runs/reward/0/validate.json").read_text()
     assert main(["fit", "-c", "reward", "--trainer.max_steps", "6"]) == 0
     assert main(["fit", "-c", "reward", "--run", "1"]) == 0
     assert column(1, "train/loss") == column(0, "train/loss")
@@ -97,12 +102,24 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a reward model is trained whole" in said("fit", "-c", "reward", "-c", "adapters/lora")
     assert "a reward model answers nothing" in said("predict", "-c", "reward")
     write([{**row, "margin": "much"} for row in pairs()])
-    assert "pairs.jsonl:1: margin is 'much'; it must be a number" in said("fit", "-c", "reward")
+    assert "pairs.jsonl:1: margin is 'much'; it must be a finite number" in said("fit", "-c", "reward")
+    assert "margin is 'much'" in said("fit", "-c", "reward", "--data.bad_pairs", "drop")  # a pair, badly written
+    write([{**row, "margin": math.inf} for row in pairs()])
+    assert "margin is inf; it must be a finite number" in said("fit", "-c", "reward")
     write([{**row, "chosen_safe": 1} for row in pairs()])
     assert "pairs.jsonl:1: chosen_safe is 1; it must be true or false" in said("fit", "-c", "reward")
     write([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs()])
     cost = ("--model.objective", "llm_modules.objectives.CostModel")
     assert "CostModel needs the columns chosen_safe and rejected_safe" in said("fit", "-c", "reward", *cost)
+    write(pairs())
+    Path("lm.yaml").write_text(RECIPE.replace("RewardModule", "LanguageModelModule"))
+    assert "pairs of answers are for PreferenceModule and RewardModule" in said("fit", "-c", "lm")
+    Path("talks.jsonl").write_text((json.dumps({"prompt": "a", "completion": "b"}) + "\n") * 8)
+    talks = ("--data.class_path", "llm_modules.data.ConversationDataModule", "--data.sources", "[{path: talks.jsonl}]")
+    talks += ("--data.validation_fraction", "0.0", "--data.batch_size", "1", "--data.chat_template", "chatml")
+    assert "this model learns from pairs of answers" in said("fit", "-c", "reward", *talks)
+    family = ("--model.backbone.config.model_type", "cohere")
+    assert "no reward model of 'cohere'" in said("fit", "-c", "reward", *family)
     assert main(["fit", "-c", "reward", "--trainer.max_steps", "1"]) == 0
     (run,) = [path for path in Path("runs/reward").iterdir() if (path / "export").is_dir()]
     capsys.readouterr()

@@ -68,7 +68,7 @@ def run(settings: dict[str, Any]) -> tuple[list[dict[str, Tensor]], list[float],
     """Gradients of the optimizer steps, and their losses."""
     module = PreferenceModule(
         Backbone(
-            config=LLAMA,
+            config=settings.get("config", LLAMA),
             adapter=settings.get("adapter"),
             activation_checkpointing=settings.get("activation_checkpointing", False),
         ),
@@ -157,10 +157,21 @@ def test_a_cached_reference_is_the_copy(
         assert cached[1] == pytest.approx(copy[1], rel=1e-6)
         assert_same_gradient(cached[0][0], copy[0][0])
         assert (said in capsys.readouterr().err) == (time == 0)  # then it is on disk
-    other = run(settings | {"reference": "cached", "seed": 2}), run(settings | {"reference": "copy", "seed": 2})
-    assert said in capsys.readouterr().err  # another model's is another
-    assert other[0][1] == pytest.approx(other[1][1], rel=1e-6)
-    assert abs(other[0][1][0] - copy[1][0]) > 1e-4
+    for change in ({"seed": 2}, {"config": LLAMA | {"rms_norm_eps": 0.5}}):  # another model's is another
+        other = [run(settings | change | {"reference": kind})[1] for kind in ("cached", "copy")]
+        assert said in capsys.readouterr().err
+        assert other[0] == pytest.approx(other[1], rel=1e-6)
+        assert abs(other[0][0] - copy[1][0]) > 1e-4
+
+
+def test_virtual_tokens_have_a_cached_reference_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"objective": "DPO", "path": str(write_pairs(tmp_path)), "cache": str(tmp_path / "cache")}
+    settings |= REFERENCE | {"adapter": VIRTUAL, "reference": "cached"}
+    for seed in (1, 2):
+        run(settings | {"seed": seed})
+        assert "scoring all pairs once" in capsys.readouterr().err
 
 
 VIRTUAL = {"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_tokens": 3}}

@@ -17,6 +17,7 @@ from llm_modules.objectives import BradleyTerry, CostModel
 from llm_modules.reward import RewardModule
 from llm_modules.tokenizer import byte_tokenizer
 from llm_modules.zoo import Backbone
+from llm_modules.zoo.reward_model import classifier
 from tests.parity.test_trl_sft import LLAMA, TEMPLATE
 
 PAIRS, LENGTH = 8, 96
@@ -151,6 +152,38 @@ def test_the_folder_is_a_classifier_whose_logit_is_the_score(folder: Path) -> No
             with torch.no_grad():
                 assert float(model(ids).logits) == pytest.approx(float(score), abs=1e-6)
     assert scores.chosen.std() > 0.1
+
+
+def test_weights_of_two_dtypes_are_saved_as_they_are() -> None:
+    """As in half precision beside a router's bias in fp32."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("llama", **{k: v for k, v in LLAMA.items() if k != "model_type"}, vocab_size=320)
+    module = RewardModule(Backbone(config=LLAMA, dtype="bfloat16"), sequence_length=LENGTH, seed=3)
+    module.configure_model()
+    assert module.model is not None
+    state = module.model.hf.state_dict()
+    state["model.norm.weight"] = state["model.norm.weight"].float()
+    model = classifier(config, state, "lm_head")
+    assert (model.model.norm.weight.dtype, model.score.weight.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_rank_without_rows_scores_nothing(folder: Path) -> None:
+    for packing in ("batch", "none"):
+        module, _ = made(folder, packing, False, BradleyTerry())
+        data = PreferenceDataModule(
+            sources=[{"path": str(folder / "rows.jsonl")}],  # type: ignore[list-item]
+            tokenizer=str(folder / "model"),
+            sequence_length=LENGTH,
+            packing=packing,  # type: ignore[arg-type]
+            validation_fraction=0.0,
+            cache_dir=str(folder / "cache"),
+        )
+        data.prepare_data()
+        data.setup("fit")
+        output = module.objective_step(data._collator().empty())
+        assert float(output.terms["loss"].sum.detach()) == 0.0
+        output.terms["loss"].sum.backward()
 
 
 def values(*safe: tuple[float, float]) -> Tensor:

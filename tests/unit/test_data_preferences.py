@@ -67,6 +67,7 @@ def test_formats(columns: dict[str, Any], prompt: list[dict[str, str]]) -> None:
         ({"chosen": HH + GOOD, "rejected": HH + BAD + "\n\nHuman: why?"}, "rejected ends with the user"),
         ({"prompt": [USER], "chosen": 4, "rejected": BAD}, "chosen is of type int"),
         ({"prompt": [USER, answer("x")], "chosen": GOOD, "rejected": BAD}, "the prompt ends with the assistant"),
+        ({"prompt": 7, "chosen": GOOD, "rejected": BAD}, "prompt is of type int"),
         ({"prompt": [{"text": "a"}], "chosen": GOOD, "rejected": BAD}, "prompt: message 1 is no object with"),
     ],
 )
@@ -114,6 +115,13 @@ def test_too_long(too_long: str) -> None:
     assert first.any() == (too_long == "truncate")
     assert not found.trained[found.lengths[0] :].any()  # nothing of these answers fits
     assert max(found.splits[0], found.lengths[0] - found.splits[0]) == 60
+
+
+def test_answers_that_are_the_same_when_they_are_cut_are_dropped() -> None:
+    found = encoder(60)([row(prompt="a", chosen="b" * 60 + "x", rejected="b" * 60 + "y")])
+    assert found.trained is not None
+    assert not found.trained.any()
+    assert found.counts["pairs dropped as too long"] == 1
 
 
 def test_too_long_can_be_an_error() -> None:
@@ -210,6 +218,24 @@ def test_built_in_pairs_are_right_and_worse_answers_to_the_same_question() -> No
     broken = [pair for pair in pairs if pair["chosen"].startswith(pair["rejected"]) and pair["rejected"][-1] != "."]
     assert 0.3 * len(pairs) < len(broken) < 0.7 * len(pairs)
     assert {pair["rejected"] for pair in pairs if pair not in broken} <= set(right.values())
+
+
+def test_numbers_kept_of_pairs_are_those_of_pairs_that_were_dealt(tmp_path: Path) -> None:
+    module = data(tmp_path, "batch")
+    count, values = module.pair_values("scores")
+    assert (count, values) == (8, None)
+    left_out = module.corpus.documents["train"][:2]
+    module.corpus.documents["train"] = module.corpus.documents["train"][2:]
+    module.keep_pair_values("scores", np.ones((8, 2)))
+    assert module.pair_values("scores")[1] is not None
+    assert module.pair_values("others")[1] is None
+    module.corpus.documents["train"] = left_out
+    assert module.pair_values("scores")[1] is None
+    module.keep_pair_values("scores", np.full((8, 2), 2.0))
+    module.corpus.documents["train"] = np.arange(8)
+    found = module.pair_values("scores")[1]
+    assert found is not None
+    assert sorted(found[:, 0]) == [1.0] * 6 + [2.0] * 2
 
 
 def test_a_shared_prompt_is_there_once(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from llm_modules.optimizers import MuonAdamW
 from llm_modules.strategies.zero_nvme import check_request, prepare_weights, refuse_optimizer, swap_folder
+from llm_modules.strategies.zero_operators import say_who_compiles
 
 ALLOWED: dict[str, Any] = {"stage": 3, "optimizer": "nvme", "parameters": "nvme", "path": "/drive", "elements": 100}
 
@@ -81,3 +82,25 @@ def test_other_optimizers_and_quantized_weights_are_refused() -> None:
     model.codes = nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"^strategy.offload_parameters: nvme keeps no quantized weights"):
         prepare_weights({"zero_optimization": {"offload_param": {"device": "nvme"}}}, model, 2)
+
+
+def test_a_lock_that_a_killed_compiler_left_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    say_who_compiles()
+    assert "DeepSpeed compiles its operators at their first use" in capsys.readouterr().err
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    say_who_compiles()
+    assert f"waiting while another process compiles deepspeed_shm_comm (for 0 s); if it was killed, remove {lock}" in (
+        capsys.readouterr().err
+    )
+    os.utime(lock, (0, 0))
+    with pytest.raises(ValueError, match=f"strategy: {lock}: left by a compiler that was killed"):
+        say_who_compiles()
+    lock.unlink()
+    (lock.parent / "deepspeed_shm_comm.so").touch()
+    say_who_compiles()
+    assert capsys.readouterr().err == ""
