@@ -35,6 +35,9 @@ class RewardModule(LLMModule):
         seed: of random weights (the head's, too) and dropout (``seed_everything``).
     """
 
+    scalar = True
+    """What the backbone is built with: a head of one number."""
+
     def __init__(
         self,
         backbone: Backbone,
@@ -50,7 +53,7 @@ class RewardModule(LLMModule):
         self._calibration: Any = None
 
     def _built_with(self) -> dict[str, Any]:
-        return super()._built_with() | {"scalar": True}
+        return super()._built_with() | {"scalar": self.scalar}
 
     def scores(self, batch: PreferenceBatch) -> RewardScores:
         """Of each answer, at its last token."""

@@ -95,6 +95,7 @@ def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
         trained_share=1.0 if report is None else report.trained_share,
         accumulate=cli.trainer.accumulate_grad_batches,
         device=cli.trainer.strategy.root_device.type,
+        scalar=getattr(cli.model, "scalar", False),
     )
     if copies := getattr(cli.model, "frozen_copies", 0):  # a reference, beside the trained model
         memory = replace(summary.memory, weights=summary.memory.weights * (1 + copies))

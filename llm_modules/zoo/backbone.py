@@ -232,6 +232,7 @@ class Backbone:
         trained_share: float = 1.0,
         accumulate: int = 1,
         device: str = "cpu",
+        scalar: bool = False,
     ) -> ModelSummary:
         """Parameters, FLOPs and peak memory of training, without making a weight.
 
@@ -244,21 +245,17 @@ class Backbone:
             trained_share: share of the positions whose next token is trained.
             accumulate: micro-batches in an optimizer step.
             device: ``cpu`` or ``cuda``.
+            scalar: as of ``build``.
 
         Raises:
             ValueError: what ``check`` finds.
         """
-        from llm_modules.zoo.adapted import adapted_sizes, memory_of_base
-        from llm_modules.zoo.estimate import summarize
+        from llm_modules.zoo.adapted import memory_of_base
         from llm_modules.zoo.memory import peak_memory
 
         config = self.final_config(vocabulary=vocabulary, sequence_length=sequence_length, precision=precision)
-        summary = summarize(config, sequence_length=sequence_length)
-        trained: int | None = None
-        if self.adapter is not None or self.quantization is not None:
-            parameters, trained = adapted_sizes(self, config)
-            flops = replace(summary.flops, trained=min(1.0, trained / summary.parameters))
-            summary = replace(summary, parameters=parameters, trained=trained, flops=flops)
+        summary = self._sizes(config, sequence_length, scalar)
+        trained = summary.trained
         memory = peak_memory(
             config,
             parameters=summary.parameters,
@@ -267,7 +264,7 @@ class Backbone:
             tokens=tokens,
             precision=precision,
             optimizer=optimizer,
-            trained_share=trained_share,
+            trained_share=0.0 if scalar else trained_share,
             activation_checkpointing=self.activation_checkpointing,
             activation_offload=self.activation_offload,
             attention=self.attention,
@@ -278,6 +275,21 @@ class Backbone:
             device=device,
         )
         return replace(summary, memory=memory)
+
+    def _sizes(self, config: PretrainedConfig, sequence_length: int, scalar: bool) -> ModelSummary:
+        from llm_modules.zoo.adapted import adapted_sizes
+        from llm_modules.zoo.estimate import summarize
+
+        summary = summarize(config, sequence_length=sequence_length)
+        if scalar:
+            rows = summary.vocabulary * summary.hidden
+            head = summary.embedding - rows  # none where it is tied
+            summary = replace(summary, parameters=summary.parameters - head + summary.hidden, embedding=rows)
+        if self.adapter is not None or self.quantization is not None:
+            parameters, trained = adapted_sizes(self, config)
+            flops = replace(summary.flops, trained=min(1.0, trained / summary.parameters))
+            summary = replace(summary, parameters=parameters, trained=trained, flops=flops)
+        return summary
 
     def _with_score(self, hf: PreTrainedModel, config: PretrainedConfig, problem: str | None) -> CausalLM:
         from llm_modules.zoo.reward_model import RewardModel, check_family, is_classifier, stored_score

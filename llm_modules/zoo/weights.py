@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +82,19 @@ def weights_digest(hf: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Inside, transformers does not tell of missing weights."""
+    from transformers.utils import logging as theirs
+
+    before = theirs.get_verbosity()
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(before)
+
+
 def pretrained_model(
     source: str,
     config: PretrainedConfig,
@@ -104,7 +117,7 @@ def pretrained_model(
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    with fixed_seed(seed):
+    with fixed_seed(seed), _without_report() if headless else nullcontext():
         try:
             hf, report = load(
                 source,

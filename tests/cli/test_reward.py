@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from recipes.__main__ import main
 
@@ -55,7 +57,7 @@ def column(run: int, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def test_it_learns_goes_on_exactly_and_leaves_a_classifier() -> None:
+def test_it_learns_goes_on_exactly_and_leaves_a_classifier(capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     assert main(["fit", "-c", "reward"]) == 0
@@ -83,9 +85,22 @@ def test_it_learns_goes_on_exactly_and_leaves_a_classifier() -> None:
     assert said[0] == said[1] != 0
     # The folder is a model to go on with, score and all.
     other = ["--model.backbone.source", "again", "--runs_dir", "on", "--tokenizer", "again"]
+    capsys.readouterr()
     assert main(["fit", "-c", "reward", *other, "--trainer.max_steps", "1"]) == 0
+    assert "MISSING" not in capsys.readouterr().err
     with Path("on/reward/0/metrics.csv").open(newline="") as file:
         assert float(next(csv.DictReader(file))["train/loss"]) < 0.5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_its_parameters_are_counted_before_it_is_built(tied: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model.backbone.config.tie_word_embeddings", str(tied).lower(), "--trainer.max_steps", "1"]
+    assert main(["fit", "-c", "reward", *words]) == 0
+    said = re.search(r"parameters +([\d,]+)", capsys.readouterr().err)
+    assert said is not None
+    with safe_open("runs/reward/0/export/model.safetensors", "pt") as tensors:
+        count = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118 - no dictionary
+    assert int(said[1].replace(",", "")) == count
 
 
 def test_a_cost_model_is_above_zero_for_harm() -> None:
