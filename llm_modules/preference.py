@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal, get_args
@@ -22,6 +23,9 @@ from llm_modules.zoo.adapter_config import keeps_base
 from llm_modules.zoo.weights import weights_digest
 
 Reference = Literal["auto", "base", "copy", "cached"]
+
+SAY_EVERY = 10.0
+"""Seconds between lines about long work."""
 
 
 class PreferenceModule(LLMModule):
@@ -125,14 +129,20 @@ class PreferenceModule(LLMModule):
     @torch.no_grad()
     def _score_all(self, copy: CausalLM, data: Any, count: int) -> Tensor:
         """(D, 2) what the reference says of each stored pair, on all ranks; zero of those that are left out."""
+        found = torch.zeros(count, 2, dtype=torch.float64, device=self.device)
+        began = said = time.monotonic()
+        done = 0
         if self.trainer.is_global_zero:
             print("model.reference: scoring all pairs once", file=sys.stderr)
-        found = torch.zeros(count, 2, dtype=torch.float64, device=self.device)
         for batch in data.every_pair():
             moved = batch.apply(lambda tensor: tensor.to(self.device))
             with self.trainer.precision_plugin.forward_context():
                 sums, _ = self._sums_of(copy, copy.computable(moved))
             found[batch.pair_rows] = sums[: 2 * batch.pairs].view(-1, 2)
+            done += batch.pairs * self.replicas[0]
+            if self.trainer.is_global_zero and time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                print(f"model.reference: {done:,} pairs, {done / (said - began):.1f} a second", file=sys.stderr)
         return self.sum_over_ranks(found)
 
     def objective_step(self, batch: PreferenceBatch) -> ObjectiveOutput:
