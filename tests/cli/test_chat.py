@@ -50,8 +50,9 @@ class Terminal:
         os.write(self.handle, b"\x03")
 
     def interrupt_prompt(self, pattern, seconds=90.0):
-        """As a person would: again, where nothing happens. (Python's input() with readline sees the signal only once it
-        waits for a key, which is a moment after the prompt is there; one that comes before waits for the next key.)"""
+        """As a person would: a key, where nothing happens. (Python's input() with readline sees the signal only once it
+        waits for a key, which is a moment after the prompt is there; one that comes before waits for the next key, and
+        so do those that follow it.)"""
         end = time.monotonic() + seconds
         while True:
             self.interrupt()
@@ -60,6 +61,7 @@ class Terminal:
             except AssertionError:
                 if time.monotonic() > end:
                     raise
+                os.write(self.handle, b" ")
 
     def ended(self):
         import contextlib

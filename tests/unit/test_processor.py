@@ -44,4 +44,4 @@ def test_a_precision_that_the_processor_is_slow_at_is_said(precision, native, sa
     trainer = Trainer(accelerator="cpu", devices=1, precision=precision, logger=False, enable_checkpointing=False)
     lines = preview.slow_precision(trainer)
     assert len(lines) == said
-    assert all("no bf16 instructions; 32-true" in line for line in lines)
+    assert all("no bf16 instructions; --trainer.precision 32-true" in line for line in lines)
