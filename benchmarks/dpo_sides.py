@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recorder import Recorder
-from benchmarks.sft_sides import Settings, run
+from benchmarks.sft_sides import Settings, run, train_with_trl, trl_arguments
 
 
 def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, **variant: Any) -> None:
@@ -24,38 +24,15 @@ def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, **varian
 
     recorder.start()
     rows = [json.loads(line) for line in (work / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    arguments = {
-        "output_dir": str(work / "trl-output"),
-        "max_length": settings["sequence"],
-        "beta": 0.1,
-        "per_device_train_batch_size": settings["batch"],
-        "learning_rate": settings["lr"],
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": settings["clip"],
-        "weight_decay": 0.0,
-        "bf16": settings["precision"] == "bf16-mixed",
-        "max_steps": steps,
-        "train_sampling_strategy": "sequential",
-        "use_cpu": settings["device"] == "cpu",
-        "logging_steps": 1 if recorder.check else min(10, steps),
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "seed": 1234,
-    }
+    arguments = trl_arguments(work, settings, recorder, steps) | {"beta": 0.1} | variant
     model = AutoModelForCausalLM.from_pretrained(work / "model")
     trainer = DPOTrainer(
         model=model,
-        args=DPOConfig(**(arguments | variant)),
+        args=DPOConfig(**arguments),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(work / "model"),
     )
-    recorder.watch(model)
-    recorder.facts["arguments"] = {k: str(v) for k, v in (arguments | variant).items() if k != "output_dir"}
-    recorder.facts["optimizer"] = trainer.args.optim
-    recorder.facts["gradient_checkpointing"] = trainer.args.gradient_checkpointing
-    trainer.train()
-    recorder.finish([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    train_with_trl(trainer, model, arguments, recorder)
 
 
 def trl_no_checkpointing(*args: Any) -> None:

@@ -18,6 +18,37 @@ from benchmarks.recorder import Recorder
 Settings = dict[str, Any]
 
 
+def trl_arguments(work: Path, settings: Settings, recorder: Recorder, steps: int) -> dict[str, Any]:
+    """What all of TRL's trainers are told."""
+    return {
+        "output_dir": str(work / "trl-output"),
+        "max_length": settings["sequence"],
+        "per_device_train_batch_size": settings["batch"],
+        "learning_rate": settings["lr"],
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": settings["clip"],
+        "weight_decay": 0.0,
+        "bf16": settings["precision"] == "bf16-mixed",
+        "max_steps": steps,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": settings["device"] == "cpu",
+        "logging_steps": 1 if recorder.check else min(10, steps),
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 1234,
+    }
+
+
+def train_with_trl(trainer: Any, model: Any, arguments: dict[str, Any], recorder: Recorder) -> None:
+    recorder.watch(model)
+    recorder.facts["arguments"] = {k: str(v) for k, v in arguments.items() if k != "output_dir"}
+    recorder.facts["optimizer"] = trainer.args.optim
+    recorder.facts["gradient_checkpointing"] = trainer.args.gradient_checkpointing
+    trainer.train()
+    recorder.finish([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
 def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, **variant: Any) -> None:
     """SFTTrainer as its documentation has it: prompt/completion rows, its defaults, and what all sides share."""
     import datasets
@@ -35,37 +66,15 @@ def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, **varian
             for row in rows
         ]
     )
-    arguments = {
-        "output_dir": str(work / "trl-output"),
-        "max_length": settings["sequence"],
-        "per_device_train_batch_size": settings["batch"],
-        "learning_rate": settings["lr"],
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": settings["clip"],
-        "weight_decay": 0.0,
-        "bf16": settings["precision"] == "bf16-mixed",
-        "max_steps": steps,
-        "train_sampling_strategy": "sequential",
-        "use_cpu": True,
-        "logging_steps": 1 if recorder.check else min(10, steps),
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "seed": 1234,
-    }
+    arguments = trl_arguments(work, settings, recorder, steps) | variant
     model = AutoModelForCausalLM.from_pretrained(work / "model")
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**(arguments | variant)),
+        args=SFTConfig(**arguments),
         train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(work / "model"),
     )
-    recorder.watch(model)
-    recorder.facts["arguments"] = {k: str(v) for k, v in (arguments | variant).items() if k != "output_dir"}
-    recorder.facts["optimizer"] = trainer.args.optim
-    recorder.facts["gradient_checkpointing"] = trainer.args.gradient_checkpointing
-    trainer.train()
-    recorder.finish([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    train_with_trl(trainer, model, arguments, recorder)
 
 
 def trl_no_checkpointing(*args: Any) -> None:

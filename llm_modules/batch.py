@@ -88,7 +88,7 @@ class PreferenceBatch(TokenBatch):
     computed once. (The last token of the prompt is in both, because each answer's first is predicted there.)
 
     Attributes:
-        pairs: P, how many there are.
+        pairs: P, how many there are; ``rows`` has one for each.
         shared_keys: (K,) int64 the positions that the documents see, those of one after another, its own last; None:
             each document sees itself.
         key_offsets: (D + 1,) int32 cumulative lengths of the documents' parts of ``shared_keys``.
@@ -110,11 +110,6 @@ class PreferenceBatch(TokenBatch):
         width = self.input_ids.shape[1]
         starts = torch.arange(len(self.input_ids), device=self.input_ids.device) * width
         return starts + (width if self.lengths is None else self.lengths.clamp(min=1)) - 1
-
-    @property
-    def pair_rows(self) -> list[int]:
-        """(P,) the rows of the dataset that the pairs are."""
-        return self.rows[:: max(1, len(self.rows) // max(1, self.pairs))] if self.pairs else []
 
     def answer_of(self, index: Tensor) -> Tensor:
         """(M,) the answer, of 2P, that each labelled place of the flattened batch belongs to."""

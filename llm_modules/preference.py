@@ -138,7 +138,7 @@ class PreferenceModule(LLMModule):
             moved = batch.apply(lambda tensor: tensor.to(self.device))
             with self.trainer.precision_plugin.forward_context():
                 sums, _ = self._sums_of(copy, copy.computable(moved))
-            found[batch.pair_rows] = sums[: 2 * batch.pairs].view(-1, 2)
+            found[batch.rows] = sums[: 2 * batch.pairs].view(-1, 2)
             done += batch.pairs * self.replicas[0]
             if self.trainer.is_global_zero and time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
@@ -174,7 +174,7 @@ class PreferenceModule(LLMModule):
 
     def _cached_sums(self, batch: PreferenceBatch) -> Tensor:
         assert self._cached is not None
-        return self._cached[batch.pair_rows].flatten().to(self.device)
+        return self._cached[batch.rows].flatten().to(self.device)
 
     @torch.no_grad()
     def _reference_sums(self, batch: PreferenceBatch) -> Tensor:

@@ -158,12 +158,14 @@ class PairCollator(Collator):
         self.share = share
 
     def __call__(self, batch: Sequence[Indices]) -> PreferenceBatch:
-        if self.share:
-            made = self._shared(batch)
-        else:
-            rows = super().__call__([np.array([part]) for row in batch for part in self._parts(row)])
-            made = PreferenceBatch(**vars(rows), pairs=len(batch))
-        return replace(made, values=torch.from_numpy(self.values[[int(row[0, 0]) for row in batch]]))
+        made = self._shared(batch) if self.share else self._apart(batch)
+        documents = [int(row[0, 0]) for row in batch]
+        return replace(made, pairs=len(batch), rows=documents, values=torch.from_numpy(self.values[documents]))
+
+    def _apart(self, batch: Sequence[Indices]) -> PreferenceBatch:
+        return PreferenceBatch(
+            **vars(super().__call__([np.array([part]) for row in batch for part in self._parts(row)]))
+        )
 
     def empty(self) -> PreferenceBatch:
         return PreferenceBatch(**vars(super().empty()))
@@ -193,8 +195,7 @@ class PairCollator(Collator):
         ]
         made.position_ids += torch.from_numpy(np.repeat(shared, lengths))
         return PreferenceBatch(
-            **vars(made) | {"rows": made.rows[::3]},
-            pairs=len(batch),
+            **vars(made),
             shared_keys=torch.from_numpy(np.concatenate(keys)),
             key_offsets=torch.from_numpy(np.cumsum([0, *map(len, keys)]).astype(np.int32)),
         )

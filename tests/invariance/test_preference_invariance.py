@@ -1,4 +1,4 @@
-"""Preference tuning: one step's gradient over micro-batches, packing, ranks and references.
+"""Preference tuning and reward models: one step's gradient over micro-batches, packing, ranks and references.
 
 Bounds of the design: 1e-5 over the whole gradient, 1e-4 for each parameter tensor, relative, in fp32.
 """
@@ -18,14 +18,20 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from llm_modules import PreferenceModule
+from llm_modules import LLMModule, PreferenceModule, RewardModule
 from llm_modules.data import PreferenceDataModule
-from llm_modules.objectives import CPO, DPO, ORPO, SimPO
+from llm_modules.objectives import CPO, DPO, ORPO, BradleyTerry, RewardObjective, SimPO
 from llm_modules.zoo import Backbone
 from tests.invariance.gradients import LLAMA, KeepGradients
 from tests.invariance.test_gradient_invariance import assert_same_gradient
 
-OBJECTIVES = {"DPO": DPO, "SimPO": SimPO, "CPO": CPO, "ORPO": ORPO}
+OBJECTIVES: dict[str, Any] = {
+    "DPO": DPO,
+    "SimPO": SimPO,
+    "CPO": CPO,
+    "ORPO": ORPO,
+    "reward": lambda: BradleyTerry(centering=0.1),
+}
 LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "lora_alpha": 8}}
 REFERENCE = {"batch_size": 8, "accumulate": 1, "packing": "none"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -66,17 +72,18 @@ def write_pairs(folder: Path, count: int = 8) -> Path:
 
 def run(settings: dict[str, Any]) -> tuple[list[dict[str, Tensor]], list[float], Trainer]:
     """Gradients of the optimizer steps, and their losses."""
-    module = PreferenceModule(
-        Backbone(
-            config=settings.get("config", LLAMA),
-            adapter=settings.get("adapter"),
-            activation_checkpointing=settings.get("activation_checkpointing", False),
-        ),
-        OBJECTIVES[settings["objective"]](),
-        reference=settings.get("reference", "auto"),
-        sequence_length=160,
-        seed=settings.get("seed", 1),
+    backbone = Backbone(
+        config=settings.get("config", LLAMA),
+        adapter=settings.get("adapter"),
+        activation_checkpointing=settings.get("activation_checkpointing", False),
     )
+    objective: Any = OBJECTIVES[settings["objective"]]()
+    built = {"sequence_length": 160, "seed": settings.get("seed", 1)}
+    module: LLMModule
+    if isinstance(objective, RewardObjective):
+        module = RewardModule(backbone, objective, **built)
+    else:
+        module = PreferenceModule(backbone, objective, reference=settings.get("reference", "auto"), **built)
     data = PreferenceDataModule(
         sources=[{"path": settings["path"]}],  # type: ignore[list-item]
         batch_size=settings["batch_size"],
