@@ -1,0 +1,79 @@
+"""What an evaluation says: named numbers, each with the interval that its sample leaves open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+Z = 1.959964
+"""Standard errors either side of a 95 % interval."""
+
+
+class Measurement(NamedTuple):
+    """One number of a table.
+
+    Attributes:
+        name: what was measured, as ``attack_success``.
+        value: in its own unit; shares in [0, 1].
+        low, high: ends of the 95 % interval; equal to the value where there is none.
+        count: of what it was taken.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass
+class Subject:
+    """What is measured.
+
+    Attributes:
+        model: a language model of the zoo, or transformers' own.
+        tokenizer: its tokenizer.
+        generator: how it answers (``llm_modules.generation.Generator``, or what has its ``generate``).
+    """
+
+    model: Any
+    tokenizer: Any
+    generator: Any
+
+
+class Suite(Protocol):
+    """An evaluation that asks a model itself."""
+
+    def measure(self, subject: Subject) -> list[Measurement]:
+        """The model is left as it was found."""
+        ...
+
+
+def share(name: str, hits: int, count: int) -> Measurement:
+    """A share of independent answers with Wilson's 95 % interval (Wilson 1927), which holds at 0 and 1, too.
+
+    Raises:
+        ValueError: there is nothing to take a share of.
+    """
+    if not count:
+        raise ValueError(f"{name}: there is nothing to measure")
+    value, square = hits / count, Z * Z
+    middle = (value + square / (2 * count)) / (1 + square / count)
+    half = Z * math.sqrt(value * (1 - value) / count + square / (4 * count * count)) / (1 + square / count)
+    return Measurement(name, value, max(0.0, middle - half), min(1.0, middle + half), count)
+
+
+def mean(name: str, values: Sequence[float]) -> Measurement:
+    """A mean with the interval of the normal approximation.
+
+    Raises:
+        ValueError: there is nothing to take a mean of.
+    """
+    count = len(values)
+    if not count:
+        raise ValueError(f"{name}: there is nothing to measure")
+    value = math.fsum(values) / count
+    half = Z * math.sqrt(math.fsum((v - value) ** 2 for v in values) / max(1, count - 1) / count)
+    return Measurement(name, value, value - half, value + half, count)
