@@ -9,11 +9,12 @@ from typing import Any
 _MODULES = {
     "LanguageModelModule": "language_model",
     "LLMModule": "base",
+    "PolicyModule": "policy",
     "PreferenceModule": "preference",
     "RewardModule": "reward",
 }
 
-__all__ = ["LLMModule", "LanguageModelModule", "PreferenceModule", "RewardModule"]
+__all__ = ["LLMModule", "LanguageModelModule", "PolicyModule", "PreferenceModule", "RewardModule"]
 
 
 def __getattr__(name: str) -> Any:

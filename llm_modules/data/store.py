@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 META = "meta.json"
 SPLITS, VALUES = "splits.npy", "values.npy"
+RECORDS, RECORD_OFFSETS = "records.bin", "record_offsets.npy"
 ARRAYS = {"lengths": np.int64, "sizes": np.int64, "hashes": np.uint64, "groups": np.uint64, "places": np.int64}
 
 
@@ -35,6 +36,7 @@ class Encoded:
         splits: (D,) int64, of documents that are two sequences one after another, where the second begins; None: they
             are one.
         values: (D, ...) float32 numbers that come with each document (NaN: not given); None: there are none.
+        records: (D) a value of JSON that comes with each document; None: there are none.
     """
 
     tokens: NDArray[np.uint32]
@@ -47,6 +49,7 @@ class Encoded:
     counts: dict[str, int] = field(default_factory=dict)
     splits: NDArray[np.int64] | None = None
     values: NDArray[np.float32] | None = None
+    records: list[Any] | None = None
 
 
 class TokenStore:
@@ -81,6 +84,13 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def record(self, document: int) -> Any:
+        """The JSON value that came with a document."""
+        start, stop = np.load(self.folder / RECORD_OFFSETS, mmap_mode="r")[document : document + 2]
+        with (self.folder / RECORDS).open("rb") as file:
+            file.seek(start)
+            return json.loads(file.read(stop - start))
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled memory map would carry all of its data to a spawned worker.
         return TokenStore, (self.folder,)
@@ -108,6 +118,7 @@ def write_store(folder: Path, parts: Iterable[Encoded], *, vocabulary: int, file
         counts: dict[str, int] = {}
         splits: list[NDArray[np.int64]] = []
         values: list[NDArray[np.float32]] = []
+        records: list[bytes] = []
         masked = False
         with (temporary / "tokens.bin").open("wb") as tokens, (temporary / "trained.bin").open("wb") as trained:
             for part in parts:
@@ -123,6 +134,7 @@ def write_store(folder: Path, parts: Iterable[Encoded], *, vocabulary: int, file
                     arrays.append(getattr(part, name))
                 splits += [] if part.splits is None else [part.splits]
                 values += [] if part.values is None else [part.values]
+                records += [json.dumps(record, ensure_ascii=False).encode() for record in part.records or ()]
                 for name, count in part.counts.items():
                     counts[name] = counts.get(name, 0) + count
         for name, arrays in columns.items():
@@ -131,6 +143,9 @@ def write_store(folder: Path, parts: Iterable[Encoded], *, vocabulary: int, file
             np.save(temporary / SPLITS, np.concatenate(splits))
         if values:
             np.save(temporary / VALUES, np.concatenate(values))
+        if records:
+            (temporary / RECORDS).write_bytes(b"".join(records))
+            np.save(temporary / RECORD_OFFSETS, np.cumsum([0, *map(len, records)]))
         meta = {"dtype": dtype, "masked": masked, "files": files, "counts": counts}
         (temporary / META).write_text(json.dumps(meta, indent=1))
         _publish(temporary, folder)

@@ -1,6 +1,8 @@
 """Floor 1: objectives, pure tensor mathematics plugged in by ``class_path``."""
 
+from llm_modules.objectives.actor_critic import PPO, SafePPO
 from llm_modules.objectives.language import LanguageObjective, NextToken
+from llm_modules.objectives.policy import GRPO, RLOO, OnlineDPO, PolicyObjective, ReinforcePlusPlus
 from llm_modules.objectives.preference import APO, CPO, DPO, IPO, ORPO, SPPO, Hinge, PreferenceObjective, SimPO
 from llm_modules.objectives.reward import BradleyTerry, CostModel, RewardObjective
 
@@ -8,15 +10,22 @@ __all__ = [
     "APO",
     "CPO",
     "DPO",
+    "GRPO",
     "IPO",
     "ORPO",
+    "PPO",
+    "RLOO",
     "SPPO",
     "BradleyTerry",
     "CostModel",
     "Hinge",
     "LanguageObjective",
     "NextToken",
+    "OnlineDPO",
+    "PolicyObjective",
     "PreferenceObjective",
+    "ReinforcePlusPlus",
     "RewardObjective",
+    "SafePPO",
     "SimPO",
 ]

@@ -80,7 +80,8 @@ class ScoringHead(nn.Module):
         """As ``logprobs.linear_logprobs``."""
         if self.kind == "plain":
             return self._plain(hidden_MH, weight_VH, targets_M, bias_V, statistics)
-        if self.kind == "liger" and not statistics and len(targets_M):  # which has no statistics
+        plain = not statistics and self.transform.temperature == 1.0  # liger-kernel has neither
+        if self.kind == "liger" and plain and len(targets_M):
             return self._liger(hidden_MH, weight_VH, targets_M, bias_V), None, None
         return linear_logprobs(
             hidden_MH,

@@ -1,0 +1,525 @@
+"""Floor 3: a policy that answers prompts, has its answers scored, and learns from them: reinforcement learning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from llm_modules.base import CHECKPOINT_KEY, LLMModule
+from llm_modules.batch import ObjectiveOutput
+from llm_modules.evaluation.rewards import Answer, Reward
+from llm_modules.generation import Generator
+from llm_modules.generation.rollout import GroupSampler, Sampled
+from llm_modules.logprobs import next_token_targets
+from llm_modules.objectives.advantages import constant_groups
+from llm_modules.objectives.policy import GRPO, PolicyObjective
+from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batch
+from llm_modules.strategies.together import together
+from llm_modules.zoo import Backbone
+from llm_modules.zoo.reference import Reference, ReferenceKind
+from llm_modules.zoo.reward_model import RewardModel
+
+VALIDATION = -1
+"""Stands for the iteration's number in the seed of what is sampled in validation."""
+
+
+class PolicyModule(LLMModule):
+    """Reinforcement learning: at the first micro-batch of an iteration the policy answers its prompts; all optimizer
+    steps of the iteration learn from these answers.
+
+    An iteration has ``data.batch_size`` prompts over all processes, ``group_size`` answers to each, and ``epochs *
+    minibatches`` optimizer steps, each of which learns from its share of the prompts. What is sampled depends on the
+    seed, the iteration and the prompt's place in it, not on processes or micro-batches.
+
+    Args:
+        backbone: the model: where it comes from and how it is built.
+        rewards: what answers are worth, added up with their weights.
+        objective: how answers become a loss; None: ``GRPO``.
+        costs: what answers do harm, added up with their weights, for objectives that hold it under a limit.
+        group_size: answers to a prompt.
+        epochs: times that each answer is learned from in an iteration.
+        minibatches: optimizer steps in each of these.
+        dynamic_sampling: so many times ``data.batch_size / dynamic_sampling`` prompts are at hand in an iteration: they
+            are answered until there are enough of which the rewards differ (arXiv 2503.14476); 1: all are taken.
+        drop_unfinished: leave out answers that did not end by themselves.
+        old_logprobs: of the policy that answered: ``recomputed`` as training computes them, or as they were in the
+            ``rollout``, which saves a forward pass.
+        generator: how answers are sampled; None: at temperature 1, half of sequence_length long at most.
+        critic: the model that expects rewards, where the objective has one; None: the backbone, with a head of one
+            number.
+        cost_critic: the same of costs; None: as ``critic``.
+        reference: what the objective compares with, where it needs that: ``base``: the model without its adapter;
+            ``copy``: a frozen copy of the model; ``auto``: the base where there is an adapter that leaves it as it is.
+        optimizer: class of the optimizer (``class_path`` and its arguments).
+        schedule: class of the learning-rate schedule, stepped once per optimizer step; None: constant.
+        tokenizer: folder, hub id or ``builtin:bytes`` (set once, at the top of the recipe).
+        sequence_length: longest prompt with an answer in tokens (set once, at the top of the recipe).
+        seed: of random weights, dropout, and what is sampled (``seed_everything``).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        rewards: list[Reward],
+        objective: PolicyObjective | None = None,
+        costs: list[Reward] | None = None,
+        group_size: int = 8,
+        epochs: int = 1,
+        minibatches: int = 1,
+        dynamic_sampling: int = 1,
+        drop_unfinished: bool = False,
+        old_logprobs: Literal["recomputed", "rollout"] = "recomputed",
+        generator: Generator | None = None,
+        critic: Backbone | None = None,
+        cost_critic: Backbone | None = None,
+        reference: ReferenceKind = "auto",
+        optimizer: Callable[[Iterable], Optimizer] = AdamW,
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        tokenizer: str = "builtin:bytes",
+        sequence_length: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, optimizer, schedule, tokenizer, sequence_length, seed)
+        self.objective = objective or GRPO()
+        self.rewards, self.costs = rewards, costs or []
+        self.group_size, self.epochs, self.minibatches = group_size, epochs, minibatches
+        self.dynamic_sampling, self.drop_unfinished = dynamic_sampling, drop_unfinished
+        self.old_logprobs = old_logprobs
+        self.generator = generator or Generator(strategy="sample", max_new_tokens=sequence_length // 2, batch_size=64)
+        self.critic_backbone, self.cost_critic_backbone = critic, cost_critic
+        self.reference = reference
+        self.critics = nn.ModuleList()
+        self._check()
+        self._reference: Reference | None = None
+        self._rollouts: Rollouts | None = None
+        self._micro_batches: list[PolicyBatch] = []
+        self._facts: dict[str, float] = {}
+        self._update = 0
+
+    def _check(self) -> None:
+        """Raises a ValueError for settings that do not go together."""
+        problems = [
+            f"model.{name}: {getattr(self, name)} is below {least}"
+            for name, least in (
+                ("group_size", self.objective.least_group),
+                ("epochs", 1),
+                ("minibatches", 1),
+                ("dynamic_sampling", 1),
+            )
+            if getattr(self, name) < least
+        ]
+        names = [reward.name for reward in (*self.rewards, *self.costs)]
+        needed, kind = self.objective.critics, type(self.objective).__name__
+        checks = (
+            (not self.rewards, "model.rewards: the list is empty; give at least one"),
+            (
+                len({*names}) < len(names),
+                f"model.rewards: two have the same name ({', '.join(names)}); set their `name`",
+            ),
+            ("cost" in needed and not self.costs, f"model.costs: {kind} holds a cost under a limit; give at least one"),
+            ("cost" not in needed and bool(self.costs), f"model.costs: {kind} does not read them; use SafePPO"),
+            (not needed and self.critic_backbone is not None, f"model.critic: {kind} has no critic; leave it out"),
+            ("cost" not in needed and self.cost_critic_backbone is not None, f"model.cost_critic: {kind} has none"),
+            (self.generator.strategy == "beam", "model.generator: strategy beam does not sample; use sample"),
+            (
+                bool(needed) and self.critic_backbone is None and self.backbone.adapter is not None,
+                "model.critic: a policy with an adapter needs a critic of its own; name its backbone",
+            ),
+        )
+        problems += [problem for holds, problem in checks if holds]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    # --- building
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of an iteration."""
+        return self.epochs * self.minibatches
+
+    @property
+    def iteration(self) -> int:
+        return self.global_step // self.updates
+
+    @property
+    def temperature(self) -> float:
+        return self.generator.temperature if self.generator.strategy == "sample" else 1.0
+
+    @property
+    def frozen_copies(self) -> int:
+        """How many models are held beside the trained one, as far as that is known before any is built."""
+        return int(self.objective.needs_reference and (self.reference == "copy" or self.backbone.adapter is None))
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        built = {"sequence_length": self.sequence_length, **self._built_with()}
+        first = self.critic_backbone or self.backbone
+        backbones = {"reward": first, "cost": self.cost_critic_backbone or first}
+        # Before the policy: base.py asks then what kinds of parameters there are.
+        self.critics = nn.ModuleList(backbones[name].build(scalar=True, **built) for name in self.objective.critics)
+        super().configure_model()
+        assert self.model is not None
+        if self.objective.needs_reference:
+            self._reference = Reference(self.model, self.backbone, self.reference, **built)
+        for model in (self.model, self._reference and self._reference.copy):
+            if model is not None:
+                model.head.transform = replace(model.head.transform, temperature=self.temperature)
+        problem = self.model.packing_problem or next(
+            (c.packing_problem for c in self._critics if c.packing_problem), None
+        )
+        alone = self.model.sharing_problem or next(
+            (c.sharing_problem for c in self._critics if c.sharing_problem), None
+        )
+        self._layout = "padded" if problem else "packed" if alone else "shared"
+
+    @property
+    def _critics(self) -> list[RewardModel]:
+        return list(self.critics)  # type: ignore[arg-type]
+
+    def on_fit_start(self) -> None:
+        self._start()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        taken = data.batch_size // self.dynamic_sampling
+        checks = (
+            (
+                data.batch_size % self.dynamic_sampling > 0,
+                f"data.batch_size: {data.batch_size} is no multiple of model.dynamic_sampling {self.dynamic_sampling}",
+            ),
+            (
+                self.minibatches > taken,
+                f"model.minibatches: {self.minibatches} optimizer steps of {taken} prompts; each needs one at least",
+            ),
+        )
+        if problems := [problem for holds, problem in checks if holds]:
+            raise ValueError("; ".join(problems))
+
+    def on_validation_start(self) -> None:
+        self._start()
+
+    def on_test_start(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        """What was made for one device goes to this one.
+
+        Raises:
+            ValueError: data, or a strategy, of another kind.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "longest_prompt"):
+            raise ValueError(f"data: {type(data).__name__} gives no prompts; use llm_modules.data.PromptDataModule")
+        if getattr(self.trainer.strategy, "spreads_weights", False):
+            raise ValueError(
+                "strategy: the policy answers with its whole weights, which this one spreads; use -c strategies/ddp"
+            )
+        room = self.sequence_length - data.longest
+        if self.generator.max_new_tokens > room:
+            raise ValueError(
+                f"model.generator.max_new_tokens: {self.generator.max_new_tokens}, but a prompt of {data.longest} tokens "
+                f"leaves {room} of sequence_length {self.sequence_length}; lower it, or data.longest_prompt"
+            )
+        if self._reference is not None:
+            self._reference.to(self.device)
+        for reward in (*self.rewards, *self.costs):
+            if hasattr(reward, "bind"):
+                reward.bind(self.tokenizer)
+            if hasattr(reward, "device"):
+                reward.device = self.device
+
+    # --- an iteration
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        if batch.update == 0 and batch.micro_step == 0:
+            with self.trainer.precision_plugin.forward_context():
+                self._rollouts = self._roll_out(batch)
+            self._facts = self._describe(self._rollouts) | {
+                f"rollout/{name}": value for name, value in self.objective.prepare(self._rollouts).items()
+            }
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        accumulate = self.trainer.accumulate_grad_batches
+        if batch.micro_step == 0:
+            self._update = batch.update
+            self._micro_batches = self._deal(batch.update, accumulate)
+            if batch.update == self.updates - 1:
+                self._rollouts = None  # a checkpoint after this step has no need of them
+        made = self._micro_batches[batch.micro_step]
+        batch.work = made.tokens()
+        loss = super().training_step(made.apply(lambda tensor: tensor.to(self.device)), batch_idx)
+        if batch.micro_step == accumulate - 1:
+            self.log_dict(self._facts, on_step=True, on_epoch=False)
+        return loss
+
+    def objective_step(self, batch: Any) -> ObjectiveOutput:
+        if isinstance(batch, PromptBatch):
+            return self._measure(batch)
+        logprobs = self._logprobs(self.model, batch)
+        values = self._values(batch) if self.critics else None
+        if batch.old_logprobs is None:
+            batch.old_logprobs = logprobs.detach()
+        output = self.objective(batch, logprobs, values)
+        if self._update == 0:
+            assert batch.sampled_logprobs is not None
+            difference = (logprobs.detach() - batch.sampled_logprobs).abs().double()
+            output.metrics["sampling_difference"] = (difference.sum(), "tokens")
+        return output
+
+    def _logprobs(self, model: Any, batch: PolicyBatch) -> Tensor:
+        """(M,) of the answers' tokens, in their order."""
+        scores = model(
+            batch.input_ids,
+            batch.position_ids,
+            next_token_targets(batch.labels, batch.position_ids),
+            batch.document_offsets,
+            batch.max_document,
+            lengths=batch.lengths,
+            shared_keys=batch.shared_keys,
+            key_offsets=batch.key_offsets,
+        )
+        logprobs: Tensor = scores.logprobs
+        return logprobs
+
+    def _values(self, batch: PolicyBatch) -> Tensor:
+        """(M, C) what the critics expect before each of these tokens."""
+        places = (next_token_targets(batch.labels, batch.position_ids).flatten() >= 0).nonzero().squeeze(-1)
+        layout = (batch.document_offsets, batch.max_document)
+        keys = {"shared_keys": batch.shared_keys, "key_offsets": batch.key_offsets}
+        found = [critic(batch.input_ids, batch.position_ids, places, *layout, **keys) for critic in self.critics]
+        return torch.stack(found, dim=1)
+
+    def _deal(self, update: int, accumulate: int) -> list[PolicyBatch]:
+        """This rank's micro-batches of an optimizer step, with the counts of their window."""
+        rollouts = self._rollouts
+        if rollouts is None:
+            raise ValueError("ckpt_path: the checkpoint holds no answers, though it was made inside of an iteration")
+        learned = self.objective.select(rollouts)
+        if self.drop_unfinished:
+            learned = learned[rollouts.finished[learned]]
+        epoch, part = divmod(update, self.minibatches)
+        order = np.random.default_rng([self.seed, self.iteration, epoch]).permutation(len(rollouts.prompts))
+        prompts = torch.from_numpy(order).tensor_split(self.minibatches)[part]
+        groups = [learned[rollouts.prompt_of[learned] == prompt] for prompt in prompts.tolist()]
+        world, rank = self.replicas
+        if self.objective.whole_groups:
+            shares = torch.arange(len(groups)).tensor_split(accumulate * world)
+            parts = [[groups[number] for number in share.tolist()] for share in shares]
+            dealt = [torch.cat([learned[:0], *groups]) for groups in parts]
+        else:
+            dealt = list(torch.cat([learned[:0], *groups]).tensor_split(accumulate * world))
+        made = [policy_batch(rollouts, answers, self._layout, self.sequence_length) for answers in dealt[rank::world]]
+        counts = [batch.counts() for batch in made]
+        window = {name: sum(count[name] for count in counts) for name in counts[0]}
+        for micro_step, batch in enumerate(made):
+            batch.window, batch.micro_step = window, micro_step
+        return made
+
+    # --- answers
+
+    def _roll_out(self, batch: PromptBatch) -> Rollouts:
+        """The answers of an iteration, scored; the same on every rank."""
+        taken = len(batch.prompts) // self.dynamic_sampling
+        kept: list[tuple[int, list[dict[str, Any]]]] = []
+        asked = 0
+        while asked < len(batch.prompts) and len(kept) < taken:
+            groups = self._answer(batch, range(asked, asked + taken), self.group_size, self.iteration)
+            asked += taken
+            if self.dynamic_sampling > 1:
+                groups = [(p, group) for p, group in groups if len({answer["reward"] for answer in group}) > 1]
+            kept += groups
+        if not kept:
+            raise ValueError(
+                f"model.dynamic_sampling: to none of {asked} prompts did two answers have different rewards; set it to "
+                "1, or give prompts that are sometimes answered well"
+            )
+        self._asked = asked
+        rollouts = _rollouts(batch, kept[:taken], bool(self.costs))
+        self._score(rollouts)
+        return rollouts
+
+    def _answer(
+        self, batch: PromptBatch, places: Sequence[int], size: int, iteration: int, dealt: bool = True
+    ) -> list[tuple[int, list[dict[str, Any]]]]:
+        """(place, answers) of some prompts, with their rewards; dealt over the ranks and brought together, if ``dealt``."""
+        world, rank = self.replicas if dealt else (1, 0)
+        mine = list(places)[rank::world]
+        settings = replace(self.generator, seed=_seed(self.seed, iteration))
+
+        def work() -> list[tuple[int, list[dict[str, Any]]]]:
+            rows = [[place * size + number for number in range(size)] for place in mine]
+            if iteration == VALIDATION:
+                rows = [[batch.rows[place] * size + number for number in range(size)] for place in mine]
+            with GroupSampler(settings, self.model, self.tokenizer) as sampler:
+                groups = sampler.sample([batch.prompts[place].tolist() for place in mine], rows)
+            return self._rewarded(batch, mine, groups)
+
+        found = together(work) if dealt else [work()]
+        return sorted((group for part in found for group in part), key=lambda group: group[0])
+
+    def _rewarded(
+        self, batch: PromptBatch, places: list[int], groups: list[list[Sampled]]
+    ) -> list[tuple[int, list[dict[str, Any]]]]:
+        flat = [(place, answer) for place, group in zip(places, groups, strict=True) for answer in group]
+        answers = [
+            Answer(
+                row=batch.rows[place],
+                text=answer.text,
+                tokens=len(answer.token_ids),
+                finished=answer.finished,
+                **batch.records[place],
+            )
+            for place, answer in flat
+        ]
+        rewards, costs = ([(reward, reward(answers)) for reward in part] for part in (self.rewards, self.costs))
+        found: dict[int, list[dict[str, Any]]] = {place: [] for place in places}
+        for number, (place, answer) in enumerate(flat):
+            found[place].append(
+                {
+                    "ids": answer.token_ids,
+                    "logprobs": answer.logprobs,
+                    "finished": answer.finished,
+                    "rewards": [scores[number] for _, scores in (*rewards, *costs)],
+                    "reward": sum(reward.weight * scores[number] for reward, scores in rewards),
+                    "cost": sum(cost.weight * scores[number] for cost, scores in costs),
+                }
+            )
+        return list(found.items())
+
+    @torch.no_grad()
+    def _score(self, rollouts: Rollouts) -> None:
+        """What the policy, the reference and the critics say of each token."""
+        asked = {}
+        if self.old_logprobs == "rollout":
+            rollouts.old_logprobs = rollouts.sampled_logprobs
+        elif self.updates > 1 or self.objective.reads_old_logprobs:
+            asked["old_logprobs"] = lambda batch: self._logprobs(self.model, batch)
+        if self._reference is not None:
+            asked["reference_logprobs"] = self._reference_logprobs
+        if self.critics:
+            asked["values"] = self._values
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            for name, say in asked.items():
+                setattr(rollouts, name, self._said(rollouts, say))
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _said(self, rollouts: Rollouts, say: Callable[[PolicyBatch], Tensor]) -> Tensor:
+        """Of all tokens, each rank computing a part."""
+        world, rank = self.replicas
+        size = -(-len(rollouts) // (self.minibatches * self.trainer.accumulate_grad_batches * world))
+
+        def work() -> list[Tensor]:
+            mine = torch.arange(len(rollouts)).tensor_split(world)[rank]
+            batches = (policy_batch(rollouts, part, self._layout, self.sequence_length) for part in mine.split(size))
+            return [say(batch.apply(lambda t: t.to(self.device))).float().cpu() for batch in batches if batch.answers]
+
+        return torch.cat([tensor for part in together(work) for tensor in part])
+
+    def _reference_logprobs(self, batch: PolicyBatch) -> Tensor:
+        assert self._reference is not None
+        with self._reference() as model:
+            return self._logprobs(model, batch)
+
+    def _describe(self, rollouts: Rollouts) -> dict[str, float]:
+        """Numbers to log; what hinders learning is said."""
+        same = float(constant_groups(rollouts.reward, rollouts.prompt_of).double().mean())
+        finished = float(rollouts.finished.double().mean())
+        names = [reward.name for reward in (*self.rewards, *self.costs)]
+        facts = {name: float(rollouts.rewards[:, number].mean()) for number, name in enumerate(names)}
+        facts |= {
+            "reward": float(rollouts.reward.mean()),
+            "reward_std": float(rollouts.reward.std()) if len(rollouts) > 1 else 0.0,
+            "tokens": float(rollouts.lengths.double().mean()),
+            "finished": finished,
+            "constant_groups": same,
+            "prompts": float(self._asked),
+            "entropy": float(-rollouts.sampled_logprobs.double().mean()),
+        }
+        if rollouts.cost is not None:
+            facts["cost"] = float(rollouts.cost.mean())
+        if same == 1 and self.group_size > 1 and not self.critics:
+            warnings.warn(
+                f"iteration {self.iteration}: to no prompt did two answers have different rewards: there is nothing to "
+                "learn which is better from",
+                stacklevel=2,
+            )
+        if finished == 0:
+            warnings.warn(
+                f"iteration {self.iteration}: no answer ended within model.generator.max_new_tokens", stacklevel=2
+            )
+        return {f"rollout/{name}": value for name, value in facts.items()}
+
+    # --- validation, checkpoints
+
+    def _measure(self, batch: PromptBatch) -> ObjectiveOutput:
+        """One answer to each prompt of validation, sampled as in training."""
+        groups = self._answer(batch, range(len(batch.prompts)), 1, VALIDATION, dealt=False)
+        answers = [group[0] for _, group in groups]
+        names = [reward.name for reward in (*self.rewards, *self.costs)]
+        found = {name: [answer["rewards"][number] for answer in answers] for number, name in enumerate(names)}
+        found |= {
+            "reward": [answer["reward"] for answer in answers],
+            "tokens": [float(len(answer["ids"])) for answer in answers],
+            "finished": [float(answer["finished"]) for answer in answers],
+        }
+        if self.costs:
+            found["cost"] = [answer["cost"] for answer in answers]
+        return ObjectiveOutput({}, {name: (self._exact(sum(values)), "prompts") for name, values in found.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["policy"] = {
+            "objective": self.objective.state_dict(),
+            "rollouts": None if self._rollouts is None else self._rollouts.state(),
+            "facts": self._facts,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint[CHECKPOINT_KEY].get("policy")
+        if saved is None:
+            raise ValueError("ckpt_path: a checkpoint of another kind of module; export it and name the folder instead")
+        self.objective.load_state_dict(saved["objective"])
+        self._rollouts = None if saved["rollouts"] is None else Rollouts(**saved["rollouts"])
+        self._facts = saved["facts"]
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Completions of ``batch["prompts"]``, as rows of the predictions file."""
+        return self.generator.predict(self.model, self.tokenizer, batch)
+
+
+def _seed(seed: int, iteration: int) -> int:
+    """Another one for each iteration."""
+    return int(np.random.SeedSequence([seed, iteration + 1]).generate_state(1)[0])
+
+
+def _rollouts(batch: PromptBatch, groups: list[tuple[int, list[dict[str, Any]]]], costs: bool) -> Rollouts:
+    answers = [answer for _, group in groups for answer in group]
+    lengths = torch.tensor([len(answer["ids"]) for answer in answers])
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([answer[name] for answer in answers], dtype=torch.float64)
+
+    return Rollouts(
+        prompts=[batch.prompts[place] for place, _ in groups],
+        rows=torch.tensor([batch.rows[place] for place, _ in groups]),
+        prompt_of=torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(group) for _, group in groups])),
+        answer_ids=torch.tensor([token for answer in answers for token in answer["ids"]]),
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        finished=torch.tensor([answer["finished"] for answer in answers]),
+        rewards=column("rewards"),
+        reward=column("reward"),
+        cost=column("cost") if costs else None,
+        sampled_logprobs=torch.tensor([value for answer in answers for value in answer["logprobs"]]).float(),
+    )
