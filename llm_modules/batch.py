@@ -6,7 +6,7 @@ Shape legend: B rows, T positions, N = B * T positions, D documents, M trained p
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -69,10 +69,10 @@ class TokenBatch:
         computed = self.input_ids.numel()
         return computed, computed - self.padding
 
-    def pin_memory(self) -> TokenBatch:
+    def pin_memory(self) -> Self:
         return self.apply(Tensor.pin_memory)
 
-    def apply(self, function: Any) -> TokenBatch:
+    def apply(self, function: Any) -> Self:
         """A copy in which ``function`` was applied to every tensor."""
         changed = {f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         return replace(self, **changed)

@@ -248,5 +248,7 @@ def _shared(rollouts: Rollouts, documents: Sequence[tuple[int, Tensor]], longest
     def ends(parts: list[Tensor]) -> Tensor:
         return torch.tensor([0, *map(len, parts)]).cumsum(0).int()
 
-    rows = (torch.cat(parts)[None] for parts in (ids, labels, places))
-    return PolicyBatch(*rows, ends(ids), longest, shared_keys=torch.cat(keys), key_offsets=ends(keys))
+    rows, targets, positions = (torch.cat(parts)[None] for parts in (ids, labels, places))
+    return PolicyBatch(
+        rows, targets, positions, ends(ids), longest, shared_keys=torch.cat(keys), key_offsets=ends(keys)
+    )

@@ -74,6 +74,10 @@ class GroupSampler(Decoder):
         if problem is not None:
             raise ValueError(f"generation: {problem}")
 
+    def __enter__(self) -> GroupSampler:
+        super().__enter__()
+        return self
+
     def sample(self, prompts: Sequence[list[int]], rows: Sequence[Sequence[int]]) -> list[list[Sampled]]:
         """Answers to each prompt.
 
@@ -113,7 +117,7 @@ class GroupSampler(Decoder):
         scores: list[Tensor] = []
         for step in range(self.settings.max_new_tokens):
             logits = logits.float()
-            token = processors(seen, logits).argmax(-1)
+            token = processors(seen, logits).argmax(-1)  # type: ignore[arg-type]
             drawn = (logits / temperature).log_softmax(-1).gather(-1, token[:, None])
             scores.append(drawn.squeeze(-1))
             seen = torch.cat([seen, token[:, None]], dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm_modules.batch import Term
 from llm_modules.objectives.advantages import generalized_advantages, whiten
-from llm_modules.objectives.policy import PolicyObjective, answer_divergence, surrogate, token_rewards
+from llm_modules.objectives.policy import PolicyObjective, answer_divergence, old, surrogate, token_rewards
 from llm_modules.rollouts import PolicyBatch, Rollouts
 
 
@@ -33,7 +33,7 @@ class PPO(PolicyObjective):
         kl_in_loss: the divergence (k3) is a term of the loss instead.
     """
 
-    critics = ("reward",)
+    critics: tuple[str, ...] = ("reward",)
 
     def __init__(
         self,
@@ -77,14 +77,15 @@ class PPO(PolicyObjective):
 
     def terms(self, batch: PolicyBatch, logprobs: Tensor, values: Tensor | None) -> dict[str, Term]:
         assert batch.advantages is not None
-        losses = surrogate(logprobs - batch.old_logprobs, batch.advantages, self.clip, self.clip_high)
-        terms = {"policy": Term(losses.sum(), "tokens")}
+        losses = surrogate(logprobs - old(batch), batch.advantages, self.clip, self.clip_high)
+        terms = {"loss": Term(losses.sum(), "tokens")}
         assert values is not None
         assert batch.values is not None
         assert batch.returns is not None
         for number, name in enumerate(self.critics):
-            columns = (part[:, number] for part in (values, batch.values, batch.returns))
-            terms[f"value_{name}"] = Term(value_losses(*columns, self.value_clip).sum(), "tokens", self.value_weight)
+            now, before, returns = (part[:, number] for part in (values, batch.values, batch.returns))
+            losses = value_losses(now, before, returns, self.value_clip)
+            terms[f"value_{name}"] = Term(losses.sum(), "tokens", self.value_weight)
         if self.kl_in_loss and self.needs_reference:
             assert batch.reference_logprobs is not None
             log_ratio = batch.reference_logprobs - logprobs
@@ -121,12 +122,12 @@ class PPO(PolicyObjective):
         return {f"explained_{name}": 1 - float(rest[number]) for number, name in enumerate(self.critics)}
 
 
-def value_losses(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+def value_losses(values: Tensor, before: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """(M,) half the squared error; with a clip the larger one of it and of a value that moved no further (as in the
     code of arXiv 1707.06347)."""
     errors = (values - returns).square()
     if clip is not None:
-        near = old + (values - old).clamp(-clip, clip)
+        near = before + (values - before).clamp(-clip, clip)
         errors = torch.maximum(errors, (near - returns).square())
     return errors / 2
 

@@ -86,9 +86,8 @@ class PolicyObjective:
 
     def __call__(self, batch: PolicyBatch, logprobs: Tensor, values: Tensor | None = None) -> ObjectiveOutput:
         with torch.no_grad():
-            assert batch.old_logprobs is not None
             assert batch.advantages is not None
-            log_ratio = logprobs.detach() - batch.old_logprobs
+            log_ratio = logprobs.detach() - old(batch)
             ratio, better = log_ratio.exp(), batch.advantages
             clipped = (ratio > 1 + self.clip_high) & (better > 0) | (ratio < 1 - self.clip) & (better < 0)
             metrics = {
@@ -105,6 +104,12 @@ class PolicyObjective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As it was saved."""
+
+
+def old(batch: PolicyBatch) -> Tensor:
+    """(M,) log-probabilities of the policy that answered."""
+    assert batch.old_logprobs is not None
+    return batch.old_logprobs
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -138,8 +143,8 @@ class GRPO(PolicyObjective):
         kl, clip, clip_high: see ``PolicyObjective``.
         scale: what a group's rewards, less their mean, are divided by: the standard deviation of the ``group`` or of
             the whole ``batch``; ``none``.
-        aggregate: the loss is the mean over ``answers`` of the mean over their tokens; over all ``tokens`` alike; or the
-            sum over tokens by answers and a ``constant``.
+        aggregate: the loss is the mean over ``answers`` of the mean over their tokens; over all ``tokens`` alike; or
+            the sum over tokens by answers and a ``constant``.
         longest: that constant, in tokens: the most that an answer may have.
         ratio: of each ``token``, or the geometric mean over the answer (``sequence``).
         weighted_kl: multiply the divergence by the ratio, so that it is the new policy's (arXiv 2512.02556).
@@ -183,11 +188,11 @@ class GRPO(PolicyObjective):
     def terms(self, batch: PolicyBatch, logprobs: Tensor, values: Tensor | None) -> dict[str, Term]:
         assert batch.answer_of is not None
         assert batch.advantages is not None
-        log_ratio = logprobs - batch.old_logprobs
+        log_ratio = logprobs - old(batch)
         if self.ratio == "sequence":
             sums, lengths = by_answer(log_ratio, batch)
             log_ratio = (sums / lengths)[batch.answer_of]
-        terms = {"policy": self._term(surrogate(log_ratio, batch.advantages, self.clip, self.clip_high), batch)}
+        terms = {"loss": self._term(surrogate(log_ratio, batch.advantages, self.clip, self.clip_high), batch)}
         if self.needs_reference:
             assert batch.reference_logprobs is not None
             divergence = k3(logprobs, batch.reference_logprobs)
@@ -232,11 +237,10 @@ class RLOO(PolicyObjective):
         return {}
 
     def terms(self, batch: PolicyBatch, logprobs: Tensor, values: Tensor | None) -> dict[str, Term]:
-        assert batch.old_logprobs is not None
         assert batch.advantages is not None
-        log_ratio, _ = by_answer(logprobs - batch.old_logprobs, batch)
+        log_ratio, _ = by_answer(logprobs - old(batch), batch)
         sums, lengths = by_answer(batch.advantages, batch)
-        return {"policy": Term(surrogate(log_ratio, sums / lengths, self.clip, self.clip_high).sum(), "answers")}
+        return {"loss": Term(surrogate(log_ratio, sums / lengths, self.clip, self.clip_high).sum(), "answers")}
 
 
 def answer_divergence(rollouts: Rollouts) -> Tensor:
@@ -279,9 +283,10 @@ class ReinforcePlusPlus(PolicyObjective):
 
     def terms(self, batch: PolicyBatch, logprobs: Tensor, values: Tensor | None) -> dict[str, Term]:
         assert batch.advantages is not None
-        losses = surrogate(logprobs - batch.old_logprobs, batch.advantages, self.clip, self.clip_high)
-        terms = {"policy": Term(losses.sum(), "tokens")}
+        losses = surrogate(logprobs - old(batch), batch.advantages, self.clip, self.clip_high)
+        terms = {"loss": Term(losses.sum(), "tokens")}
         if self.baseline == "group" and self.needs_reference:
+            assert batch.reference_logprobs is not None
             squares = (logprobs - batch.reference_logprobs).square() / 2
             terms["kl"] = Term(squares.sum(), "tokens", self.kl)
         return terms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,21 +13,17 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llm_modules.base import CHECKPOINT_KEY, LLMModule
-from llm_modules.batch import ObjectiveOutput
-from llm_modules.evaluation.rewards import Answer, Reward
+from llm_modules.batch import ObjectiveOutput, Term
+from llm_modules.evaluation.rewards import Reward
 from llm_modules.generation import Generator
-from llm_modules.generation.rollout import GroupSampler, Sampled
 from llm_modules.logprobs import next_token_targets
-from llm_modules.objectives.advantages import constant_groups
 from llm_modules.objectives.policy import GRPO, PolicyObjective
+from llm_modules.policy.answers import VALIDATION, Group, Respondent
 from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batch
 from llm_modules.strategies.together import together
 from llm_modules.zoo import Backbone
 from llm_modules.zoo.reference import Reference, ReferenceKind
 from llm_modules.zoo.reward_model import RewardModel
-
-VALIDATION = -1
-"""Stands for the iteration's number in the seed of what is sampled in validation."""
 
 
 class PolicyModule(LLMModule):
@@ -89,11 +84,11 @@ class PolicyModule(LLMModule):
     ) -> None:
         super().__init__(backbone, optimizer, schedule, tokenizer, sequence_length, seed)
         self.objective = objective or GRPO()
-        self.rewards, self.costs = rewards, costs or []
         self.group_size, self.epochs, self.minibatches = group_size, epochs, minibatches
         self.dynamic_sampling, self.drop_unfinished = dynamic_sampling, drop_unfinished
         self.old_logprobs = old_logprobs
         self.generator = generator or Generator(strategy="sample", max_new_tokens=sequence_length // 2, batch_size=64)
+        self._respondent = Respondent(self.generator, rewards, costs or [], seed)
         self.critic_backbone, self.cost_critic_backbone = critic, cost_critic
         self.reference = reference
         self.critics = nn.ModuleList()
@@ -103,6 +98,7 @@ class PolicyModule(LLMModule):
         self._micro_batches: list[PolicyBatch] = []
         self._facts: dict[str, float] = {}
         self._update = 0
+        self._layout = ""
 
     def _check(self) -> None:
         """Raises a ValueError for settings that do not go together."""
@@ -116,16 +112,16 @@ class PolicyModule(LLMModule):
             )
             if getattr(self, name) < least
         ]
-        names = [reward.name for reward in (*self.rewards, *self.costs)]
+        names, rewards, costs = self._respondent.names, self._respondent.rewards, self._respondent.costs
         needed, kind = self.objective.critics, type(self.objective).__name__
         checks = (
-            (not self.rewards, "model.rewards: the list is empty; give at least one"),
+            (not rewards, "model.rewards: the list is empty; give at least one"),
             (
                 len({*names}) < len(names),
                 f"model.rewards: two have the same name ({', '.join(names)}); set their `name`",
             ),
-            ("cost" in needed and not self.costs, f"model.costs: {kind} holds a cost under a limit; give at least one"),
-            ("cost" not in needed and bool(self.costs), f"model.costs: {kind} does not read them; use SafePPO"),
+            ("cost" in needed and not costs, f"model.costs: {kind} holds a cost under a limit; give at least one"),
+            ("cost" not in needed and bool(costs), f"model.costs: {kind} does not read them; use SafePPO"),
             (not needed and self.critic_backbone is not None, f"model.critic: {kind} has no critic; leave it out"),
             ("cost" not in needed and self.cost_critic_backbone is not None, f"model.cost_critic: {kind} has none"),
             (self.generator.strategy == "beam", "model.generator: strategy beam does not sample; use sample"),
@@ -224,12 +220,12 @@ class PolicyModule(LLMModule):
         room = self.sequence_length - data.longest
         if self.generator.max_new_tokens > room:
             raise ValueError(
-                f"model.generator.max_new_tokens: {self.generator.max_new_tokens}, but a prompt of {data.longest} tokens "
-                f"leaves {room} of sequence_length {self.sequence_length}; lower it, or data.longest_prompt"
+                f"model.generator.max_new_tokens: {self.generator.max_new_tokens}, but a prompt of {data.longest} "
+                f"tokens leaves {room} of sequence_length {self.sequence_length}; lower it, or data.longest_prompt"
             )
         if self._reference is not None:
             self._reference.to(self.device)
-        for reward in (*self.rewards, *self.costs):
+        for reward in (*self._respondent.rewards, *self._respondent.costs):
             if hasattr(reward, "bind"):
                 reward.bind(self.tokenizer)
             if hasattr(reward, "device"):
@@ -241,9 +237,6 @@ class PolicyModule(LLMModule):
         if batch.update == 0 and batch.micro_step == 0:
             with self.trainer.precision_plugin.forward_context():
                 self._rollouts = self._roll_out(batch)
-            self._facts = self._describe(self._rollouts) | {
-                f"rollout/{name}": value for name, value in self.objective.prepare(self._rollouts).items()
-            }
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
@@ -254,7 +247,7 @@ class PolicyModule(LLMModule):
                 self._rollouts = None  # a checkpoint after this step has no need of them
         made = self._micro_batches[batch.micro_step]
         batch.work = made.tokens()
-        loss = super().training_step(made.apply(lambda tensor: tensor.to(self.device)), batch_idx)
+        loss = super().training_step(made.apply(self._here), batch_idx)
         if batch.micro_step == accumulate - 1:
             self.log_dict(self._facts, on_step=True, on_epoch=False)
         return loss
@@ -324,74 +317,21 @@ class PolicyModule(LLMModule):
 
     # --- answers
 
+    def _ask(self, batch: PromptBatch, places: Sequence[int], size: int, iteration: int) -> list[Group]:
+        return self._respondent.answer(self.model, self.tokenizer, batch, places, size, iteration)
+
     def _roll_out(self, batch: PromptBatch) -> Rollouts:
         """The answers of an iteration, scored; the same on every rank."""
-        taken = len(batch.prompts) // self.dynamic_sampling
-        kept: list[tuple[int, list[dict[str, Any]]]] = []
-        asked = 0
-        while asked < len(batch.prompts) and len(kept) < taken:
-            groups = self._answer(batch, range(asked, asked + taken), self.group_size, self.iteration)
-            asked += taken
-            if self.dynamic_sampling > 1:
-                groups = [(p, group) for p, group in groups if len({answer["reward"] for answer in group}) > 1]
-            kept += groups
-        if not kept:
-            raise ValueError(
-                f"model.dynamic_sampling: to none of {asked} prompts did two answers have different rewards; set it to "
-                "1, or give prompts that are sometimes answered well"
-            )
-        self._asked = asked
-        rollouts = _rollouts(batch, kept[:taken], bool(self.costs))
+
+        def ask(places: Sequence[int]) -> list[Group]:
+            return self._ask(batch, places, self.group_size, self.iteration)
+
+        rollouts, asked = self._respondent.roll_out(ask, batch, self.replicas, self.dynamic_sampling)
         self._score(rollouts)
+        compares = self.group_size > 1 and not self.critics
+        self._facts = self._respondent.describe(rollouts, self.iteration, asked, compares)
+        self._facts |= {f"rollout/{name}": value for name, value in self.objective.prepare(rollouts).items()}
         return rollouts
-
-    def _answer(
-        self, batch: PromptBatch, places: Sequence[int], size: int, iteration: int, dealt: bool = True
-    ) -> list[tuple[int, list[dict[str, Any]]]]:
-        """(place, answers) of some prompts, with their rewards; dealt over the ranks and brought together, if ``dealt``."""
-        world, rank = self.replicas if dealt else (1, 0)
-        mine = list(places)[rank::world]
-        settings = replace(self.generator, seed=_seed(self.seed, iteration))
-
-        def work() -> list[tuple[int, list[dict[str, Any]]]]:
-            rows = [[place * size + number for number in range(size)] for place in mine]
-            if iteration == VALIDATION:
-                rows = [[batch.rows[place] * size + number for number in range(size)] for place in mine]
-            with GroupSampler(settings, self.model, self.tokenizer) as sampler:
-                groups = sampler.sample([batch.prompts[place].tolist() for place in mine], rows)
-            return self._rewarded(batch, mine, groups)
-
-        found = together(work) if dealt else [work()]
-        return sorted((group for part in found for group in part), key=lambda group: group[0])
-
-    def _rewarded(
-        self, batch: PromptBatch, places: list[int], groups: list[list[Sampled]]
-    ) -> list[tuple[int, list[dict[str, Any]]]]:
-        flat = [(place, answer) for place, group in zip(places, groups, strict=True) for answer in group]
-        answers = [
-            Answer(
-                row=batch.rows[place],
-                text=answer.text,
-                tokens=len(answer.token_ids),
-                finished=answer.finished,
-                **batch.records[place],
-            )
-            for place, answer in flat
-        ]
-        rewards, costs = ([(reward, reward(answers)) for reward in part] for part in (self.rewards, self.costs))
-        found: dict[int, list[dict[str, Any]]] = {place: [] for place in places}
-        for number, (place, answer) in enumerate(flat):
-            found[place].append(
-                {
-                    "ids": answer.token_ids,
-                    "logprobs": answer.logprobs,
-                    "finished": answer.finished,
-                    "rewards": [scores[number] for _, scores in (*rewards, *costs)],
-                    "reward": sum(reward.weight * scores[number] for reward, scores in rewards),
-                    "cost": sum(cost.weight * scores[number] for cost, scores in costs),
-                }
-            )
-        return list(found.items())
 
     @torch.no_grad()
     def _score(self, rollouts: Rollouts) -> None:
@@ -422,60 +362,25 @@ class PolicyModule(LLMModule):
         def work() -> list[Tensor]:
             mine = torch.arange(len(rollouts)).tensor_split(world)[rank]
             batches = (policy_batch(rollouts, part, self._layout, self.sequence_length) for part in mine.split(size))
-            return [say(batch.apply(lambda t: t.to(self.device))).float().cpu() for batch in batches if batch.answers]
+            return [say(batch.apply(self._here)).float().cpu() for batch in batches if batch.answers]
 
         return torch.cat([tensor for part in together(work) for tensor in part])
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
 
     def _reference_logprobs(self, batch: PolicyBatch) -> Tensor:
         assert self._reference is not None
         with self._reference() as model:
             return self._logprobs(model, batch)
 
-    def _describe(self, rollouts: Rollouts) -> dict[str, float]:
-        """Numbers to log; what hinders learning is said."""
-        same = float(constant_groups(rollouts.reward, rollouts.prompt_of).double().mean())
-        finished = float(rollouts.finished.double().mean())
-        names = [reward.name for reward in (*self.rewards, *self.costs)]
-        facts = {name: float(rollouts.rewards[:, number].mean()) for number, name in enumerate(names)}
-        facts |= {
-            "reward": float(rollouts.reward.mean()),
-            "reward_std": float(rollouts.reward.std()) if len(rollouts) > 1 else 0.0,
-            "tokens": float(rollouts.lengths.double().mean()),
-            "finished": finished,
-            "constant_groups": same,
-            "prompts": float(self._asked),
-            "entropy": float(-rollouts.sampled_logprobs.double().mean()),
-        }
-        if rollouts.cost is not None:
-            facts["cost"] = float(rollouts.cost.mean())
-        if same == 1 and self.group_size > 1 and not self.critics:
-            warnings.warn(
-                f"iteration {self.iteration}: to no prompt did two answers have different rewards: there is nothing to "
-                "learn which is better from",
-                stacklevel=2,
-            )
-        if finished == 0:
-            warnings.warn(
-                f"iteration {self.iteration}: no answer ended within model.generator.max_new_tokens", stacklevel=2
-            )
-        return {f"rollout/{name}": value for name, value in facts.items()}
-
     # --- validation, checkpoints
 
     def _measure(self, batch: PromptBatch) -> ObjectiveOutput:
-        """One answer to each prompt of validation, sampled as in training."""
-        groups = self._answer(batch, range(len(batch.prompts)), 1, VALIDATION, dealt=False)
-        answers = [group[0] for _, group in groups]
-        names = [reward.name for reward in (*self.rewards, *self.costs)]
-        found = {name: [answer["rewards"][number] for answer in answers] for number, name in enumerate(names)}
-        found |= {
-            "reward": [answer["reward"] for answer in answers],
-            "tokens": [float(len(answer["ids"])) for answer in answers],
-            "finished": [float(answer["finished"]) for answer in answers],
-        }
-        if self.costs:
-            found["cost"] = [answer["cost"] for answer in answers]
-        return ObjectiveOutput({}, {name: (self._exact(sum(values)), "prompts") for name, values in found.items()})
+        """One answer to each prompt of validation, sampled as in training; the loss is the reward, negated."""
+        sums = self._respondent.measure(self._ask(batch, range(len(batch.prompts)), 1, VALIDATION))
+        found = {name: (self._exact(value), "prompts") for name, value in sums.items()}
+        return ObjectiveOutput({"loss": Term(-found["reward"][0], "prompts")}, found)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -497,29 +402,3 @@ class PolicyModule(LLMModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of ``batch["prompts"]``, as rows of the predictions file."""
         return self.generator.predict(self.model, self.tokenizer, batch)
-
-
-def _seed(seed: int, iteration: int) -> int:
-    """Another one for each iteration."""
-    return int(np.random.SeedSequence([seed, iteration + 1]).generate_state(1)[0])
-
-
-def _rollouts(batch: PromptBatch, groups: list[tuple[int, list[dict[str, Any]]]], costs: bool) -> Rollouts:
-    answers = [answer for _, group in groups for answer in group]
-    lengths = torch.tensor([len(answer["ids"]) for answer in answers])
-
-    def column(name: str) -> Tensor:
-        return torch.tensor([answer[name] for answer in answers], dtype=torch.float64)
-
-    return Rollouts(
-        prompts=[batch.prompts[place] for place, _ in groups],
-        rows=torch.tensor([batch.rows[place] for place, _ in groups]),
-        prompt_of=torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(group) for _, group in groups])),
-        answer_ids=torch.tensor([token for answer in answers for token in answer["ids"]]),
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        finished=torch.tensor([answer["finished"] for answer in answers]),
-        rewards=column("rewards"),
-        reward=column("reward"),
-        cost=column("cost") if costs else None,
-        sampled_logprobs=torch.tensor([value for answer in answers for value in answer["logprobs"]]).float(),
-    )
