@@ -97,7 +97,6 @@ class PolicyModule(LLMModule):
         self._rollouts: Rollouts | None = None
         self._micro_batches: list[PolicyBatch] = []
         self._facts: dict[str, float] = {}
-        self._update = 0
         self._layout = ""
 
     def _check(self) -> None:
@@ -241,7 +240,6 @@ class PolicyModule(LLMModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
         if batch.micro_step == 0:
-            self._update = batch.update
             self._micro_batches = self._deal(batch.update, accumulate)
             if batch.update == self.updates - 1:
                 self._rollouts = None  # a checkpoint after this step has no need of them
@@ -260,10 +258,10 @@ class PolicyModule(LLMModule):
         if batch.old_logprobs is None:
             batch.old_logprobs = logprobs.detach()
         output = self.objective(batch, logprobs, values)
-        if self._update == 0:
-            assert batch.sampled_logprobs is not None
-            difference = (logprobs.detach() - batch.sampled_logprobs).abs().double()
-            output.metrics["sampling_difference"] = (difference.sum(), "tokens")
+        # At an iteration's first step all of it is between how tokens are sampled and how they are trained.
+        assert batch.sampled_logprobs is not None
+        difference = (logprobs.detach() - batch.sampled_logprobs).abs().double()
+        output.metrics["sampling_difference"] = (difference.sum(), "tokens")
         return output
 
     def _logprobs(self, model: Any, batch: PolicyBatch) -> Tensor:

@@ -1,5 +1,4 @@
-"""Policy losses and gradients: those of TRL's GRPOTrainer and RLOOTrainer, and of its online DPO, on the same weights and
-answers.
+"""Policy losses and gradients: those of TRL's GRPOTrainer and RLOOTrainer, and of its online DPO, on the same answers.
 
 TRL's side is in fp64: in fp32 its sums over tokens are too far from the truth to say something of 1e-6.
 """
@@ -115,9 +114,7 @@ def answers(folder: Path) -> Rollouts:
     )
 
 
-def ours(
-    folder: Path, objective: PolicyObjective, rollouts: Rollouts, layout: str
-) -> tuple[Tensor, dict[str, Tensor]]:
+def ours(folder: Path, objective: PolicyObjective, rollouts: Rollouts, layout: str) -> tuple[Tensor, dict[str, Tensor]]:
     objective.prepare(rollouts)
     module = PolicyModule(
         Backbone(source=str(folder / "policy")),
@@ -168,9 +165,7 @@ def trainer(folder: Path, kind: str, **arguments: Any) -> Any:
     )
 
 
-def theirs(
-    folder: Path, kind: str, rollouts: Rollouts, arguments: dict[str, Any]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def theirs(folder: Path, kind: str, rollouts: Rollouts, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     peer = trainer(folder, kind, **arguments)
     split = partial(torch.split, split_size_or_sections=rollouts.lengths.tolist())
     prompts, prompt_mask = padded([rollouts.prompts[p] for p in rollouts.prompt_of.tolist()], left=True)

@@ -1,0 +1,208 @@
+"""Reinforcement learning by the command: it learns, goes on exactly inside of an iteration; mistakes are one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+tokenizer: builtin:bytes
+sequence_length: 64
+seed_everything: 3
+model:
+  class_path: llm_modules.PolicyModule
+  init_args:
+    backbone:
+      config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2,
+               num_key_value_heads: 1, max_position_embeddings: 128}
+    rewards: [{class_path: llm_modules.evaluation.rewards.FunctionReward, init_args: {function: own_rewards.vowels}}]
+    group_size: 4
+    epochs: 2
+    minibatches: 2
+    generator: {strategy: sample, max_new_tokens: 8, batch_size: 32}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2, weight_decay: 0.0}}
+data:
+  class_path: llm_modules.data.PromptDataModule
+  init_args: {sources: [{path: prompts.jsonl}], chat_template: chatml, batch_size: 4, validation_fraction: 0.2,
+              longest_prompt: 56}
+trainer: {max_steps: 12, accelerator: cpu, devices: 1, log_every_n_steps: 1, val_check_interval: 12,
+          check_val_every_n_epoch: null, enable_progress_bar: false}
+checkpoint: {every_n_steps: 3, keep_last: 30}
+"""
+REWARDS = """\
+import math, random
+def vowels(answer):
+    return sum(c in "aeiou" for c in answer.text) / max(1, answer.tokens)
+def same(answer):
+    return 1.0
+def bad(answer):
+    return 1 / (answer.row - answer.row)
+def nan(answer):
+    return math.nan
+def cost(answer):
+    return float("x" in answer.text)
+"""
+PPO = "llm_modules.objectives.PPO"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    write([{"prompt": f"Say {i}.", "reference": i} for i in range(20)])
+    Path("rl.yaml").write_text(RECIPE)
+    Path("own_rewards.py").write_text(REWARDS)
+    return tmp_path
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows(run: int, leave_out: tuple[str, ...] = ("time", "throughput/", "memory/")) -> list[dict[str, str]]:
+    with Path(f"runs/rl/{run}/metrics.csv").open(newline="") as file:
+        return [
+            {name: value for name, value in row.items() if value and not name.startswith(leave_out)}
+            for row in csv.DictReader(file)
+        ]
+
+
+def test_it_learns_and_goes_on_exactly_inside_of_an_iteration() -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert main(["fit", "-c", "rl", "--trainer.max_steps", "40"]) == 0
+    whole = rows(0)
+    rewards = [float(row["rollout/reward"]) for row in whole if "rollout/reward" in row]
+    assert rewards[-1] > 3 * max(rewards[0], 0.01)
+    assert rewards[0] == rewards[3] != rewards[4]  # an iteration has four steps
+    AutoModelForCausalLM.from_pretrained("runs/rl/0/export")
+    for step in (3, 12, 18):  # 12: between two iterations
+        checkpoint = f"runs/rl/0/checkpoints/step-{step:08}.ckpt"
+        assert main(["fit", "-c", "rl", "--trainer.max_steps", "20", "--ckpt_path", checkpoint]) == 0
+    for run, step in ((1, 3), (2, 12), (3, 18)):
+        again = [row for row in rows(run) if "train/loss" in row]
+        for a, b in zip(again, [row for row in whole if "train/loss" in row][step:20], strict=True):
+            assert a.items() ^ b.items() == set()
+
+
+def test_with_a_critic_it_goes_on_exactly_too() -> None:
+    words = ["--model.objective", PPO, "--model.objective.kl_target", "3.0", "--model.objective.kl_horizon", "20"]
+    assert main(["fit", "-c", "rl", *words]) == 0
+    whole = [row for row in rows(0) if "train/loss" in row]
+    assert whole[-1]["rollout/kl_weight"] != whole[0]["rollout/kl_weight"]
+    assert "train/value_reward" in whole[0]
+    assert main(["fit", "-c", "rl", *words, "--ckpt_path", "runs/rl/0/checkpoints/step-00000006.ckpt"]) == 0
+    assert [row for row in rows(1) if "train/loss" in row] == whole[6:]
+
+
+def test_safe_rlhf_logs_what_it_holds() -> None:
+    Path("safe.yaml").write_text(
+        "model:\n  init_args:\n    objective: {class_path: llm_modules.objectives.SafePPO, init_args: {limit: 0.1}}\n"
+        "    costs: [{class_path: llm_modules.evaluation.rewards.FunctionReward,"
+        " init_args: {function: own_rewards.cost}}]\n"
+    )
+    assert main(["fit", "-c", "rl", "-c", "safe", "--trainer.max_steps", "8"]) == 0
+    found = [row for row in rows(0) if "train/loss" in row]
+    assert float(found[0]["rollout/multiplier"]) == 1.0
+    assert float(found[-1]["rollout/multiplier"]) != 1.0
+    assert {"rollout/cost", "rollout/over_limit", "train/value_cost"} <= set(found[0])
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does() -> None:
+    assert main(["fit", "-c", "rl", "--trainer.max_steps", "8"]) == 0
+    command = [sys.executable, "-m", "recipes", "fit", "-c", "rl", "-c", "strategies/ddp", "--trainer.max_steps", "8"]
+    done = subprocess.run(
+        [*command, "--trainer.devices", "2", "--trainer.accumulate_grad_batches", "2"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:."}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone, both = ([row for row in rows(run) if "train/loss" in row] for run in (0, 1))
+    for one, two in zip(alone, both, strict=True):
+        for name in ("train/grad_norm", "rollout/reward", "rollout/tokens", "train/kl_old"):
+            assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-4), name
+
+
+def test_prompts_are_answered_until_enough_of_them_tell_something() -> None:
+    words = ["--data.batch_size", "8", "--model.dynamic_sampling", "2", "--trainer.max_steps", "4"]
+    assert main(["fit", "-c", "rl", *words]) == 0
+    first = rows(0)[0]
+    assert float(first["rollout/constant_groups"]) == 0.0
+    assert float(first["rollout/prompts"]) in (4.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.rewards", "[]"], "model.rewards: the list is empty"),
+        (["--model.group_size", "1"], "model.group_size: 1 is below 2"),
+        (["--model.minibatches", "9"], "model.minibatches: 9 optimizer steps of 4 prompts"),
+        (["--model.generator.max_new_tokens", "60"], "model.generator.max_new_tokens: 60, but a prompt of"),
+        (["--model.objective", "llm_modules.objectives.SafePPO"], "model.costs: SafePPO holds a cost under a limit"),
+        (["--data.batch_size", "64"], "data.batch_size: 64 prompts an iteration, but an epoch has 15"),
+        (["--data.batch_size", "5", "--model.dynamic_sampling", "2"], "data.batch_size: 5 is no multiple"),
+        (["--model.generator.strategy", "beam"], "model.generator: strategy beam does not sample"),
+        (["-c", "adapters/lora", "--model.objective", PPO], "model.critic: a policy with an adapter needs a critic"),
+        (["-c", "strategies/fsdp2"], "strategy: the policy answers with its whole weights, which this one spreads"),
+        (["--trainer.limit_train_batches", "5"], "trainer.limit_train_batches: 5 optimizer steps an epoch are no"),
+        (["--data.longest_prompt", "64"], "data.longest_prompt: 64 leaves nothing of sequence_length 64"),
+    ],
+)
+def test_settings_that_cannot_be(words: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "-c", "rl", *words]) == 2
+    errors = capfd.readouterr().err
+    assert said in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("function", "said"), [("bad", "reward bad: row "), ("nan", "reward nan: row "), ("absent", "absent")]
+)
+def test_rewards_that_fail_name_the_row(function: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    text = RECIPE.replace("own_rewards.vowels", f"own_rewards.{function}")
+    Path("rl.yaml").write_text(text)
+    assert main(["fit", "-c", "rl"]) == 2
+    errors = capfd.readouterr().err
+    assert said in errors
+    assert "Traceback" not in errors
+
+
+def test_equal_rewards_are_said(recwarn: pytest.WarningsRecorder) -> None:
+    Path("rl.yaml").write_text(RECIPE.replace("own_rewards.vowels", "own_rewards.same"))
+    assert main(["fit", "-c", "rl", "--trainer.max_steps", "4"]) == 0
+    assert any("to no prompt did two answers have different rewards" in str(w.message) for w in recwarn)
+    assert float(rows(0)[0]["rollout/constant_groups"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "x"}, "no column 'prompt' or 'messages'; there are: question"),
+        ({"prompt": ""}, "the prompt is ''"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "the prompt ends with the assistant"),
+        ({"messages": [{"content": "x"}]}, "a message of the prompt has no role"),
+        ({"prompt": "x", "reference": ["1"]}, "reference is of type list"),
+    ],
+)
+def test_rows_that_are_no_prompt(row: dict[str, Any], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    write([{"prompt": "fine"}, row])
+    assert main(["fit", "-c", "rl"]) == 2
+    assert f"prompts.jsonl:2: {said}" in capfd.readouterr().err
+
+
+def test_a_checkpoint_of_another_length_of_iteration_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "-c", "rl", "--trainer.max_steps", "3"]) == 0
+    checkpoint = "runs/rl/0/checkpoints/step-00000003.ckpt"
+    assert main(["fit", "-c", "rl", "--model.epochs", "3", "--ckpt_path", checkpoint]) == 2
+    assert "the checkpoint's position belongs to other data" in capfd.readouterr().err

@@ -1,0 +1,132 @@
+"""Answers sampled in groups: those that the Generator draws one by one, with the log-probabilities of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llm_modules.generation import Generator
+from llm_modules.generation.rollout import GroupSampler
+from llm_modules.rollouts import Rollouts, policy_batch
+from llm_modules.tokenizer import load_tokenizer
+from llm_modules.zoo import Backbone
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 264,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 16, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 1.0},
+}
+PROMPTS = ["hello", "a much longer prompt than the other two", "x y z"]
+
+
+def built(family: str, **arguments: Any) -> tuple[Any, Any]:
+    tokenizer = load_tokenizer("builtin:bytes")
+    config = TINY | {"model_type": family} | FAMILIES.get(family, {})
+    model = Backbone(config=config, **arguments).build(tokenizer=tokenizer, sequence_length=96, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model, tokenizer
+
+
+def sample(model: Any, tokenizer: Any, settings: Generator, size: int = 4) -> Any:
+    with GroupSampler(settings, model, tokenizer) as sampler:
+        ids = [sampler.encode(prompt, place)[0] for place, prompt in enumerate(PROMPTS)]
+        return ids, sampler.sample(ids, [[size * i + j for j in range(size)] for i in range(len(PROMPTS))])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_p": 0.9, "repetition_penalty": 1.1, "temperature": 0.7}, {"stop": ["a"], "batch_size": 4}],
+    ids=["plain", "warped", "stop"],
+)
+def test_a_group_is_what_the_generator_draws(family: str, settings: dict[str, Any]) -> None:
+    model, tokenizer = built(family)
+    generator = Generator(**{"strategy": "sample", "max_new_tokens": 40, "seed": 3, "batch_size": 12} | settings)
+    _, groups = sample(model, tokenizer, generator)
+    ended = set()
+    for place, (prompt, group) in enumerate(zip(PROMPTS, groups, strict=True)):
+        rows = [4 * place + number for number in range(4)]
+        for expected, found in zip(generator.generate(model, tokenizer, [prompt] * 4, rows), group, strict=True):
+            assert found.token_ids == expected.token_ids
+            assert found.text == expected.text
+            assert found.finished == (expected.finish_reason == "stop")
+            assert len(found.logprobs) == len(found.token_ids)
+            ended.add(len(found.token_ids))
+    assert len(ended) > 1  # rows left the batch before others
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_log_probabilities_are_those_that_training_computes(family: str, temperature: float, layout: str) -> None:
+    from dataclasses import replace
+
+    from llm_modules.logprobs import next_token_targets
+
+    model, tokenizer = built(family)
+    settings = Generator(strategy="sample", max_new_tokens=24, seed=1, batch_size=12, temperature=temperature)
+    ids, groups = sample(model, tokenizer, settings)
+    answers = [answer for group in groups for answer in group]
+    rollouts = Rollouts(
+        prompts=[torch.tensor(prompt) for prompt in ids],
+        rows=torch.arange(3),
+        prompt_of=torch.arange(3).repeat_interleave(4),
+        answer_ids=torch.tensor([token for answer in answers for token in answer.token_ids]),
+        offsets=torch.tensor([0, *(len(answer.token_ids) for answer in answers)]).cumsum(0),
+        finished=torch.ones(12, dtype=torch.bool),
+        rewards=torch.zeros(12, 1),
+        reward=torch.zeros(12),
+        sampled_logprobs=torch.tensor([value for answer in answers for value in answer.logprobs]),
+    )
+    model.head.transform = replace(model.head.transform, temperature=temperature)
+    chosen = torch.tensor([0, 1, 3, 5, 6, 8, 9])
+    batch = policy_batch(rollouts, chosen, layout, 96)
+    scores = model(
+        batch.input_ids, batch.position_ids, next_token_targets(batch.labels, batch.position_ids),
+        batch.document_offsets, batch.max_document, lengths=batch.lengths,
+        shared_keys=batch.shared_keys, key_offsets=batch.key_offsets,
+    )  # fmt: skip
+    assert batch.sampled_logprobs is not None
+    torch.testing.assert_close(scores.logprobs, batch.sampled_logprobs, atol=2e-5, rtol=1e-5)
+    assert batch.counts()["answers"] == 7
+    assert batch.counts()["groups"] == 3
+    assert batch.counts()["tokens"] == len(rollouts.tokens_of(chosen))
+    if layout == "shared":
+        prompts = sum(len(prompt) - 1 for prompt in ids)
+        assert batch.input_ids.numel() == prompts + int(batch.counts()["tokens"]) + 7
+    # The gradient through the temperature (and a soft-cap) is that of the plain logits.
+    scores.logprobs.sum().backward()
+    weight = model.hf.get_input_embeddings().weight
+    found, weight.grad = weight.grad.clone(), None
+    total = torch.zeros(())
+    for number in chosen.tolist():
+        prompt = ids[int(rollouts.prompt_of[number])]
+        row = torch.tensor(prompt + answers[number].token_ids)
+        logits = model.hf(row[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
+        total = total + logits.log_softmax(-1).gather(-1, row[len(prompt) :, None]).sum()
+    total.backward()
+    torch.testing.assert_close(found, weight.grad, atol=3e-4, rtol=1e-3)
+
+
+def test_rows_of_no_answers_say_nothing() -> None:
+    model, tokenizer = built("llama")
+    with GroupSampler(Generator(strategy="sample", max_new_tokens=4), model, tokenizer) as sampler:
+        assert sampler.sample([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"strategy": "beam"}, "strategy: beam finds"), ({"strategy": "sample", "cache": "static"}, "cache: static")],
+)
+def test_settings_that_do_not_sample(settings: dict[str, Any], said: str) -> None:
+    model, tokenizer = built("llama")
+    with pytest.raises(ValueError, match=said):
+        GroupSampler(Generator(max_new_tokens=4, **settings), model, tokenizer)
