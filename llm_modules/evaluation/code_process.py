@@ -29,7 +29,7 @@ MOST_FILES = 1000
 
 
 def main() -> None:
-    """Reads two frames of JSON: the code with its limits, the tests; writes one line of JSON: passed, stopped, broken."""
+    """Reads two frames of JSON, the code with its limits and the tests; writes one line: passed, stopped, broken."""
     die_with_parent()
     job = json.loads(_frame())
     end = time.monotonic() + job["limits"]["seconds"]

@@ -173,7 +173,9 @@ class CodeTests(Reward):
             tests = [f"{tests}\n\ncheck({entry})\n" if isinstance(entry, str) else tests]
         if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
             there = ", ".join(map(str, fields)) or "none"
-            raise RowError(answer.row, f"no tests in column {self.tests!r} (set `tests`); there are the columns {there}")
+            raise RowError(
+                answer.row, f"no tests in column {self.tests!r} (set `tests`); there are the columns {there}"
+            )
         for column, source in ((self.setup, setup), *((self.tests, test) for test in tests)):
             try:
                 compile(source, column, "exec")  # parsed, not run

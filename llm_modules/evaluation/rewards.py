@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 SHOWN = 8
 """Rows that an error names."""
@@ -128,7 +130,7 @@ class FunctionReward(Reward):
         return each(self.function, answers)
 
 
-def each(function: Callable[[Answer], float], answers: Sequence[Answer]) -> list[float]:
+def each(function: Callable[[Answer], Result], answers: Sequence[Answer]) -> list[Result]:
     """``function`` of every answer.
 
     Raises:
@@ -157,7 +159,7 @@ def _line(text: str, longest: int = 200) -> str:
 
 
 def _rows(answers: Sequence[Answer]) -> str:
-    """"row 3" or "rows 3, 4, ..."."""
+    """ "row 3" or "rows 3, 4, ..."."""
     rows = list(dict.fromkeys(answer.row for answer in answers))
     if len(rows) == 1:
         return f"row {rows[0]}"
