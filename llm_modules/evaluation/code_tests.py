@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -96,9 +97,9 @@ class CodeTests(Reward):
     column with code that it goes on with (HumanEval) is put before it. Code and tests run in two processes that
     exchange plain data only: code cannot read its tests, report them as passed, or return what equals everything.
 
-    On Linux (5.13, x86_64 or aarch64) both may read Python and the system's libraries, write files in an empty folder of
-    their own, and nothing else: no process, thread, program, signal or socket, no environment, no capability of root.
-    What is tested when this class is made. README.md says what that rests on.
+    On Linux (5.13, x86_64 or aarch64) both may read Python and the system's libraries, write files in an empty folder
+    of their own, and nothing else: no process, thread, program, signal or socket, no environment, no capability of
+    root. That is tried out when this class is made; README.md says what it rests on.
 
     Args:
         tests: the row's column with its tests: a list of statements (MBPP), each a test, or a program (HumanEval).
@@ -254,8 +255,6 @@ def _frame(content: dict[str, Any]) -> bytes:
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """Whatever is left of the process and those that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # all have ended
-        pass
     process.wait()

@@ -80,7 +80,7 @@ def landlock(folder: str, version: int | None = None) -> str | None:
         return f"Landlock: {_reason()}"
     read = EXECUTE | READ_FILE | READ_DIR
     own = WRITE_FILE | READ_FILE | READ_DIR | REMOVE_FILE | MAKE_REG | MAKE_FIFO | MAKE_SYM | REFER | TRUNCATE
-    paths = {path: read for path in (*SYSTEM, sys.prefix, sys.base_prefix, *_libraries())}
+    paths = dict.fromkeys((*SYSTEM, sys.prefix, sys.base_prefix, *_libraries()), read)
     for path, rights in (paths | {"/dev/null": READ_FILE | WRITE_FILE | TRUNCATE, folder: own}).items():
         if not os.path.exists(path):
             continue

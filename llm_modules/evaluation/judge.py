@@ -142,18 +142,19 @@ class JudgeReward(Reward):
         return json.dumps({**self.settings, "messages": [{"role": "user", "content": text}]}).encode()
 
     def _judge(self, answer: Answer, body: bytes, stop: threading.Event) -> float:
-        for number in range(self.retries + 1):
+        number = 0
+        while True:
             result = self._ask(body)
             if isinstance(result, str):
-                score = self._number(result, answer)
-                if score is not None:
+                if (score := self._number(result, answer)) is not None:
                     return score
                 result = Attempt(f"no score from {self.lowest:g} to {self.highest:g} in {result[-120:]!r}", True)
-            if not result.again or number == self.retries:
+            wait = min(LONGEST_WAIT, max(FIRST_WAIT * 2**number, result.wait))
+            number += 1
+            # Another answer's failure, too, is the end.
+            if not result.again or number > self.retries or stop.wait(wait):
                 break
-            if stop.wait(min(LONGEST_WAIT, max(FIRST_WAIT * 2**number, result.wait))):
-                break  # another answer's failure ends the run
-        tried = f" ({number + 1} requests)" if number else ""
+        tried = f" ({number} requests)" if number > 1 else ""
         raise RowError(answer.row, self._hidden(f"judge at {self.url}: {result.problem}{tried}"))
 
     def _number(self, judgement: str, answer: Answer) -> float | None:

@@ -37,8 +37,8 @@ class NumericAnswer(Reward):
 
     The number of a text is the first one after the last ``marker``; without a marker the one in the last ``\\boxed{}``;
     without either the last number of all. Read are signs, decimals, exponents, thousands in commas, fractions (3/4,
-    1 3/4, ``\\frac{3}{4}``), currency signs (left out) and percent: where only one of the two has the sign, 25% is 25 or
-    0.25. A reference without a number is an error.
+    1 3/4, ``\\frac{3}{4}``), currency signs (left out) and percent: where only one of the two has the sign, 25% is 25
+    or 0.25. A reference without a number is an error.
 
     Args:
         marker: what announces the number, as GSM8K's ``####``; empty: there is none.
