@@ -50,15 +50,22 @@ def forks():
         os._exit(0)
     os.waitpid(child, 0)
 
+def writes():
+    open("/tmp/litrecipes-probe", "w").close()
+    os.remove("/tmp/litrecipes-probe")
+
+def changes():
+    open("probe", "a").close()
+    os.chmod("probe", 0o600)
+
 def attempt(name):
     return refused({
         "start a process": forks,
         "open a socket": lambda: socket.socket(),
         "signal its parent": lambda: os.kill(os.getppid(), 0),
         "list the root folder": lambda: os.listdir("/"),
-        "write outside its folder": lambda: open("/dev/shm/litrecipes-probe", "w").close() or os.remove(
-            "/dev/shm/litrecipes-probe") if os.path.isdir("/dev/shm") else open("/tmp/litrecipes-probe", "w"),
-        "change a file's mode": lambda: os.chmod("/dev/null", 0o666),
+        "write outside its folder": writes,
+        "change a file's mode": changes,
         "read another process": lambda: open("/proc/self/environ"),
     }[name])
 """

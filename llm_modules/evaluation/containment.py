@@ -12,7 +12,6 @@ import os
 import resource
 import struct
 import sys
-from pathlib import Path
 
 from llm_modules.evaluation.syscall_filter import PR_SET_NO_NEW_PRIVS, filter_system_calls
 
@@ -113,7 +112,7 @@ def drop_capabilities() -> str | None:
 
 def _libraries() -> list[str]:
     """Where this interpreter finds packages, if that is outside its prefix."""
-    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages", "lib-dynload")]
+    return [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages", "lib-dynload")]
 
 
 def _reason() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from llm_modules.evaluation.rewards import Answer, Reward, RowError, each
 
 SECONDS = 1.0
-"""Longest match; a pattern with nested repetition can take for ever, and Python's ``re`` cannot be stopped."""
+"""Of processor time, the longest match; nested repetition can take for ever, and Python's ``re`` cannot be stopped."""
 
 
 class Pattern:

@@ -155,7 +155,7 @@ class JudgeReward(Reward):
             if not result.again or number > self.retries or stop.wait(wait):
                 break
         tried = f" ({number} requests)" if number > 1 else ""
-        raise RowError(answer.row, self._hidden(f"judge at {self.url}: {result.problem}{tried}"))
+        raise RowError(answer.row, f"judge at {self.url}: {result.problem}{tried}")
 
     def _number(self, judgement: str, answer: Answer) -> float | None:
         found = self.pattern.last(judgement, answer)
@@ -172,11 +172,12 @@ class JudgeReward(Reward):
             request.add_unredirected_header("Authorization", f"Bearer {_secret(self.key_variable)}")
         try:
             with _OPENER.open(request, timeout=self.timeout) as response:
-                return _content(_read(response, time.monotonic() + self.timeout))
-        except urllib.error.HTTPError as error:
-            with error:
-                text = " ".join(error.read(2000).decode(errors="replace").split())
-            return Attempt(f"status {error.code} {text[:200]}".strip(), error.code in AGAIN, _asked_wait(error))
+                data = self._hidden(_read(response, time.monotonic() + self.timeout))
+                if response.status == 200:
+                    return _content(data)
+                text = " ".join(data.decode(errors="replace").split())
+                wait = _asked_wait(response.headers.get("Retry-After", ""))
+                return Attempt(f"status {response.status} {text[:200]}".strip(), response.status in AGAIN, wait)
         except TimeoutError:
             return Attempt(f"no response in {self.timeout:g} s", True)
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
@@ -186,24 +187,26 @@ class JudgeReward(Reward):
         except ValueError as error:
             return Attempt(str(error), True)
 
-    def _hidden(self, text: str) -> str:
+    def _hidden(self, data: bytes) -> bytes:
         """Without the key, which endpoints repeat in their errors."""
         secret = _secret(self.key_variable) if self.key_variable else ""
-        return text.replace(secret, "***") if secret else text
+        return data.replace(secret.encode(), b"***") if secret else data
 
 
 def _secret(variable: str) -> str:
     return os.environ.get(variable, "").strip()
 
 
-class _NoRedirection(urllib.request.HTTPRedirectHandler):
-    """A redirection is an error: what was sent was meant for one host."""
+class _AsItComes(urllib.request.HTTPErrorProcessor):
+    """No status raises, and no redirection is followed: what is sent is meant for one host."""
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
 
 
-_OPENER = urllib.request.build_opener(_NoRedirection)
+_OPENER = urllib.request.build_opener(_AsItComes)
 
 
 def written(prompt: str | list[dict[str, Any]]) -> str:
@@ -244,7 +247,6 @@ def _content(data: bytes) -> str:
     return content
 
 
-def _asked_wait(error: urllib.error.HTTPError) -> float:
+def _asked_wait(value: str) -> float:
     """Seconds that ``Retry-After`` asks for; 0 where it does not, or gives a date."""
-    value = error.headers.get("Retry-After", "") if error.headers else ""
-    return float(value) if value.strip().isdigit() else 0.0
+    return float(value) if re.fullmatch(r"\s*[0-9]{1,9}\s*", value) else 0.0

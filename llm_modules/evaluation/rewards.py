@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
+WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 SHOWN = 8
 """Rows that an error names."""
 
@@ -59,7 +60,7 @@ class Reward:
     """
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
-        self.name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+        self.name = name or WORDS.sub("_", type(self).__name__).lower()
         if not math.isfinite(weight) or weight == 0:
             raise ValueError(f"rewards.{self.name}.weight: {weight} is not allowed; allowed: a finite number, not 0")
         self.weight = weight
