@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from llm_modules.evaluation import Answer, CodeTests
-from llm_modules.evaluation.code_tests import containment_problem
+from tests.unit.test_evaluation_rewards_contained import kernel_has_landlock
 
 pytestmark = [
     pytest.mark.data,
-    pytest.mark.skipif(containment_problem() is not None, reason=f"no containment: {containment_problem()}"),
+    pytest.mark.skipif(not kernel_has_landlock(), reason="the kernel has no Landlock"),
 ]
 
 HANDFUL = 12
@@ -46,12 +46,7 @@ def check_mbpp(rows: list[dict[str, Any]]) -> None:
     reward = CodeTests(seconds=60)
     assert {task: s for task, s in scores(reward, rows, [row["code"] for row in rows]).items() if s != 1} == {}
     others = [row["code"] for row in (*rows[1:], rows[0])]  # another task's solution
-    passed = {task for task, s in scores(reward, rows, others).items() if s != 0}
-    assert passed <= SAME
-
-
-SAME: set[str] = set()
-"""Tasks of MBPP whose neighbour's solution passes some of their tests."""
+    assert {task: s for task, s in scores(reward, rows, others).items() if s != 0} == {}
 
 
 def test_a_handful(data_folder: Path) -> None:

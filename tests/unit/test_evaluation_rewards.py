@@ -164,6 +164,12 @@ rewards:
     pattern: '<think>.*</think>.*'
 - class_path: my_own_rewards.Short
 - class_path: llm_modules.evaluation.NumericAnswer
+- class_path: llm_modules.evaluation.CodeTests
+  init_args: {score: all, unsafe: true, workers: 2}
+- class_path: llm_modules.evaluation.JudgeReward
+  init_args: {base_url: http://localhost:1/v1, model: m}
+- class_path: llm_modules.evaluation.ModelReward
+  init_args: {model: runs/reward/hh/0/export, dtype: bfloat16}
 """
 OWN = """
 from llm_modules.evaluation import Reward
@@ -193,8 +199,9 @@ def test_a_recipe_names_functions_and_classes_of_the_working_directory(own: Path
     again = parser.parse_string(parser.dump(config))
     for parsed in (config, again):
         rewards = parser.instantiate_classes(parsed).rewards
-        assert [reward.name for reward in rewards] == ["length", "format", "short", "numeric_answer"]
-        assert [reward.weight for reward in rewards] == [0.5, 1.0, 1.0, 1.0]
+        names = ["length", "format", "short", "numeric_answer", "code_tests", "judge_reward", "model_reward"]
+        assert [reward.name for reward in rewards] == names
+        assert [reward.weight for reward in rewards] == [0.5, *[1.0] * 6]
         text = "<think>\n1\n</think>\n2"
         assert [reward(answers(text))[0] for reward in rewards[:3]] == [len(text), 1.0, -len(text)]
     assert "my_own_rewards.length" in parser.dump(config)
