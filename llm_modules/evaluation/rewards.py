@@ -1,0 +1,167 @@
+"""What an answer is worth: the interface of rewards, plugged in by ``class_path``, and a reward of any function."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+SHOWN = 8
+"""Rows that an error names."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a reward sees of an answer.
+
+    Attributes:
+        row: the prompt's number in the data, which errors name.
+        prompt: raw text, or chat messages (role, content).
+        text: the answer.
+        reference: the row's known answer; empty if there is none.
+        fields: the data row's own columns.
+        tokens: length of the answer in tokens.
+        finished: whether it ended by itself; False: cut at ``max_new_tokens``.
+    """
+
+    row: int
+    prompt: str | list[dict[str, Any]]
+    text: str
+    reference: str
+    fields: Mapping[str, Any]
+    tokens: int
+    finished: bool
+
+
+class RowError(ValueError):
+    """Something is wrong with one answer; the reward's name is put before it.
+
+    Args:
+        row: of the answer.
+        problem: one line.
+    """
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(f"row {row}: {problem}")
+        self.row = row
+
+
+class Reward:
+    """One number for each answer; override ``score``.
+
+    Args:
+        weight: factor in the sum of rewards; negative: a penalty.
+        name: under which it is logged; None: the class's name, ``NumericAnswer`` as ``numeric_answer``.
+    """
+
+    def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
+        self.name = name or WORDS.sub("_", type(self).__name__).lower()
+        if not math.isfinite(weight) or weight == 0:
+            raise ValueError(f"rewards.{self.name}.weight: {weight} is not allowed; allowed: a finite number, not 0")
+        self.weight = weight
+
+    def score(self, answers: Sequence[Answer]) -> Sequence[float]:
+        """A number for each answer, in their order; not yet weighted."""
+        raise NotImplementedError
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        """What ``score`` says, checked.
+
+        Raises:
+            ValueError: one line that names the reward and the row: ``score`` raised, or gave NaN, infinity, no number,
+                or not one number for each answer.
+        """
+        if not answers:
+            return []
+        try:
+            scores = list(self.score(answers))
+        except Exception as error:
+            raise self._blamed(answers, error) from error
+        if len(scores) != len(answers):
+            raise ValueError(
+                f"reward {self.name}: {_rows(answers)}: gave {len(scores)} numbers for {len(answers)} answers"
+            )
+        return [self._checked(answer, score) for answer, score in zip(answers, scores, strict=True)]
+
+    def _checked(self, answer: Answer, score: Any) -> float:
+        try:
+            if isinstance(score, (str, bytes)):
+                raise TypeError("text")
+            number = float(score)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"reward {self.name}: row {answer.row}: gave {_line(repr(score))}, which is no number"
+            ) from error
+        if not math.isfinite(number):
+            raise ValueError(f"reward {self.name}: row {answer.row}: gave {number}; a reward must be finite")
+        return number
+
+    def _blamed(self, answers: Sequence[Answer], error: Exception) -> ValueError:
+        """The error with its row, which is found, where ``score`` does not say it, by scoring each answer alone."""
+        if isinstance(error, RowError):
+            return ValueError(f"reward {self.name}: {error}")
+        for answer in answers:
+            try:
+                list(self.score([answer]))
+            except Exception as own:  # noqa: BLE001 - the same failure is looked for, and told
+                return ValueError(f"reward {self.name}: row {answer.row}: {told(own)}")
+        return ValueError(f"reward {self.name}: {_rows(answers)}: {told(error)}")
+
+
+class FunctionReward(Reward):
+    """Any Python function of one answer.
+
+    Args:
+        function: import path of a function that takes an ``Answer`` and returns a number, as ``my_rewards.length``
+            for ``length`` in my_rewards.py of the working directory.
+        weight: as of ``Reward``.
+        name: as of ``Reward``; None: the function's name.
+    """
+
+    def __init__(self, function: Callable[[Answer], float], weight: float = 1.0, name: str | None = None) -> None:
+        super().__init__(weight, name or getattr(function, "__name__", None))
+        self.function = function
+
+    def score(self, answers: Sequence[Answer]) -> list[float]:
+        return each(self.function, answers)
+
+
+def each(function: Callable[[Answer], Result], answers: Sequence[Answer]) -> list[Result]:
+    """``function`` of every answer.
+
+    Raises:
+        RowError: it raised; names the row.
+    """
+    scores = []
+    for answer in answers:
+        try:
+            scores.append(function(answer))
+        except RowError:
+            raise
+        except Exception as error:
+            raise RowError(answer.row, told(error)) from error
+    return scores
+
+
+def told(error: BaseException) -> str:
+    """Type and message of an exception in one line."""
+    message = _line(str(error))
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _line(text: str, longest: int = 200) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def _rows(answers: Sequence[Answer]) -> str:
+    """ "row 3" or "rows 3, 4, ..."."""
+    rows = list(dict.fromkeys(answer.row for answer in answers))
+    if len(rows) == 1:
+        return f"row {rows[0]}"
+    return f"rows {', '.join(map(str, rows[:SHOWN]))}{', ...' if len(rows) > SHOWN else ''}"
