@@ -23,7 +23,6 @@ from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batc
 from llm_modules.strategies.together import together
 from llm_modules.zoo import Backbone
 from llm_modules.zoo.reference import Reference, ReferenceKind
-from llm_modules.zoo.reward_model import RewardModel
 
 
 class PolicyModule(LLMModule):
@@ -168,17 +167,9 @@ class PolicyModule(LLMModule):
         for model in (self.model, self._reference and self._reference.copy):
             if model is not None:
                 model.head.transform = replace(model.head.transform, temperature=self.temperature)
-        problem = self.model.packing_problem or next(
-            (c.packing_problem for c in self._critics if c.packing_problem), None
-        )
-        alone = self.model.sharing_problem or next(
-            (c.sharing_problem for c in self._critics if c.sharing_problem), None
-        )
-        self._layout = "padded" if problem else "packed" if alone else "shared"
-
-    @property
-    def _critics(self) -> list[RewardModel]:
-        return list(self.critics)  # type: ignore[arg-type]
+        models: list[Any] = [self.model, *self.critics]
+        apart = "padded" if any(model.packing_problem for model in models) else "packed"
+        self._layout = apart if any(model.sharing_problem for model in models) else "shared"
 
     def on_fit_start(self) -> None:
         self._start()
