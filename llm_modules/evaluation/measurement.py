@@ -15,7 +15,7 @@ class Measurement(NamedTuple):
     """One number of a table.
 
     Attributes:
-        name: what was measured, as ``attack_success``.
+        name: what was measured, as ``attack_success``; of a part of it, ``attack_success/fraud``.
         value: in its own unit; shares in [0, 1].
         low, high: ends of the 95 % interval; equal to the value where there is none.
         count: of what it was taken.
@@ -25,7 +25,7 @@ class Measurement(NamedTuple):
     value: float
     low: float
     high: float
-    count: int
+    count: int  # type: ignore[assignment]  # nobody counts in a measurement
 
 
 @dataclass
