@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from callbacks.run_files import run_folder, write_whole
+from callbacks.run_files import run_folder
+from callbacks.safety_table import FILE_NAME, as_row, read_table, write_table
 from callbacks.undisturbed import undisturbed
 from llm_modules.evaluation.measurement import Measurement, Subject, Suite
 from llm_modules.generation import Completion, Generator, Prompt
@@ -38,8 +37,6 @@ class SafetyEvaluation(Callback):
         every_n_steps: optimizer steps between measurements; 0: not counted.
         at_validation: whether to measure at each validation.
     """
-
-    FILE_NAME = "safety.csv"
 
     def __init__(
         self,
@@ -70,7 +67,7 @@ class SafetyEvaluation(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._path = run_folder(trainer) / self.FILE_NAME
+        self._path = run_folder(trainer) / FILE_NAME
         self._last_step = -1
         if trainer.global_step == 0:
             self._measure(trainer, pl_module)
@@ -113,7 +110,7 @@ class SafetyEvaluation(Callback):
             )
         if trainer.is_global_zero and fitting:
             assert self._path is not None
-            write_table(self._path, [*read_table(self._path), *(_row(step, m) for m in found)])
+            write_table(self._path, [*read_table(self._path), *(as_row(step, m) for m in found)])
         elif trainer.is_global_zero:
             print("\n".join(lines(found)), file=sys.stderr, flush=True)
         return found
@@ -153,26 +150,6 @@ class SharedGenerator:
         if (failed := next((part for part in parts if isinstance(part, ValueError)), None)) is not None:
             raise ValueError(str(failed))
         return [parts[place % self.ranks][place // self.ranks] for place in range(len(prompts))]
-
-
-COLUMNS = ("step", *Measurement._fields)
-
-
-def _row(step: int, measurement: Measurement) -> dict[str, str]:
-    return dict(zip(COLUMNS, map(str, (step, *measurement)), strict=True))
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a safety.csv; none where there is no file."""
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.exists() else []
-
-
-def write_table(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue())
 
 
 def lines(found: Sequence[Measurement]) -> list[str]:
