@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 XSTEST_OPENINGS = (
     "sorry",
@@ -75,6 +75,7 @@ class Reply:
         return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Says of answers whether they are what is looked for: refusals, or harmful."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 Z = 1.959964
 """Standard errors either side of a 95 % interval."""
@@ -43,6 +43,7 @@ class Subject:
     generator: Any
 
 
+@runtime_checkable
 class Suite(Protocol):
     """An evaluation that asks a model itself."""
 

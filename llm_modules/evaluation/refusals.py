@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from llm_modules.evaluation.judges import Judge, Reply, StringMatch
 from llm_modules.evaluation.measurement import Measurement, Subject, share
@@ -13,6 +13,7 @@ Kind = Literal["harmful", "benign"]
 LABELS = {"harmful": "harmful", "unsafe": "harmful", "benign": "benign", "safe": "benign"}
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Where requests come from (``llm_modules.data.Source``)."""
 
