@@ -69,14 +69,12 @@ class SafetyEvaluation(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._path = run_folder(trainer) / FILE_NAME
         self._last_step = -1
+        rows = read_table(self._path) if trainer.is_global_zero else []
+        if (kept := [row for row in rows if int(row["step"]) <= trainer.global_step]) != rows:
+            write_table(self._path, kept)
         if trainer.global_step == 0:
             self._measure(trainer, pl_module)
-            return
         self._last_step = trainer.global_step
-        if trainer.is_global_zero:
-            rows = read_table(self._path)
-            if (kept := [row for row in rows if int(row["step"]) <= trainer.global_step]) != rows:
-                write_table(self._path, kept)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -110,7 +108,9 @@ class SafetyEvaluation(Callback):
             )
         if trainer.is_global_zero and fitting:
             assert self._path is not None
-            write_table(self._path, [*read_table(self._path), *(as_row(step, m) for m in found)])
+            rows = [as_row(step, measurement) for measurement in found]
+            again = {(row["step"], row["name"]) for row in rows}  # of a run that is begun again
+            write_table(self._path, [r for r in read_table(self._path) if (r["step"], r["name"]) not in again] + rows)
         elif trainer.is_global_zero:
             print("\n".join(lines(found)), file=sys.stderr, flush=True)
         return found

@@ -95,6 +95,14 @@ def test_a_resumed_run_has_the_table_of_one_that_was_not_killed(tmp_path: Path) 
     assert whole == killed
 
 
+def test_a_run_that_is_begun_again_begins_its_table_again(tmp_path: Path) -> None:
+    fit(tmp_path / "once", safety())
+    shutil.copytree(tmp_path / "once", tmp_path / "twice")
+    shutil.rmtree(tmp_path / "twice" / "checkpoints")
+    fit(tmp_path / "twice", safety())
+    assert (tmp_path / "once" / "safety.csv").read_text() == (tmp_path / "twice" / "safety.csv").read_text()
+
+
 def test_ranks_share_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     from llm_modules.generation import Completion
 
