@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from callbacks.predictions import PredictionsWriter as PredictionsWriter
     from callbacks.progress import RecipeProgress as RecipeProgress
     from callbacks.report import RunReport as RunReport
+    from callbacks.safety import SafetyEvaluation as SafetyEvaluation
     from callbacks.samples import Samples as Samples
     from callbacks.spike_guard import SpikeGuard as SpikeGuard
     from callbacks.throughput import Throughput as Throughput
@@ -33,6 +34,7 @@ _MODULES = {
     "PredictionsWriter": "predictions",
     "RecipeProgress": "progress",
     "RunReport": "report",
+    "SafetyEvaluation": "safety",
     "Samples": "samples",
     "SpikeGuard": "spike_guard",
     "StepCheckpoint": "checkpoint",
@@ -49,6 +51,7 @@ __all__ = [
     "PredictionsWriter",
     "RecipeProgress",
     "RunReport",
+    "SafetyEvaluation",
     "Samples",
     "SpikeGuard",
     "StepCheckpoint",

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from callbacks.safety_table import FILE_NAME, Table, read_safety
+
 MOST_POINTS = 1500
 """Rows of a curve that are kept: a screen has no more columns. Extremes and validations stay."""
 
@@ -27,7 +29,7 @@ class RunData:
         status: finished, running, stopped, failed, or unfinished.
         columns: name -> a value (or None) for each logged step; ``step`` counts the row's own step, ``elapsed`` is in
             seconds of training without the time between a kill and the resume.
-        samples, audit, environment, config: contents of the run's files, empty where there is none.
+        samples, audit, safety, environment, config: contents of the run's files, empty where there is none.
         problems: files that could not be read, a line each.
     """
 
@@ -36,6 +38,7 @@ class RunData:
     columns: dict[str, list[float | None]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     audit: dict[str, Any] = field(default_factory=dict)
+    safety: Table = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     config: str = ""
     problems: list[str] = field(default_factory=list)
@@ -66,6 +69,7 @@ def read_run(folder: Path, name: str | None = None, status: str | None = None) -
     run.columns = read_columns((folder / "metrics.csv").read_bytes(), run.problems)
     run.audit, audit_problems = _json(folder / "audit.json")
     run.problems += audit_problems
+    run.safety = read_safety(folder / FILE_NAME, run.problems)
     run.samples = _samples(folder / "samples.jsonl", run.problems)
     config = folder / "config.yaml"
     run.config = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""

@@ -4,6 +4,7 @@
   const runs = JSON.parse(document.getElementById("data").textContent);
   const CHARTS = [
     { title: "Loss", large: true, lines: [["train/loss", "training"], ["val/loss", "validation"]], smooth: true, log: true },
+    { title: "Safety", lines: [["safety/attack_success", "attack success"], ["safety/over_refusal", "over-refusal"]], zero: true },
     { title: "Validation perplexity", lines: [["val/perplexity", ""]], log: true },
     { title: "Learning rate", lines: [["lr", ""]], zero: true },
     { title: "Gradient norm", lines: [["train/grad_norm", ""]], smooth: true, log: true },
@@ -246,7 +247,8 @@
   const charts = CHARTS.filter((chart) => chart.lines.some(([name]) => has(name)));
   const shown = new Set(CHARTS.flatMap((chart) => chart.lines.map(([name]) => name)));
   const others = [...new Set(runs.flatMap((run) => Object.keys(run.columns)))]
-    .filter((name) => !shown.has(name) && !HIDDEN.has(name) && has(name)).sort();
+    .filter((name) => !shown.has(name) && !HIDDEN.has(name) && has(name))
+    .filter((name) => !/^safety\/.*\//.test(name)).sort();  // parts of a measurement are in the table of safety.csv
   for (const name of others) charts.push({ title: name, lines: [[name, ""]], smooth: name.startsWith("train/"), log: true });
 
   const cards = charts.map((chart) => [html("div", { class: chart.large ? "chart large" : "chart" }), chart]);

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.report_data import RunData, differing_settings
+from callbacks.report_safety import safety_section
 
 _HERE = Path(__file__).parent
 _COLORED = re.compile(r"\x1b\[32m(.*?)\x1b\[0m|⟦(.*?)⟧", re.DOTALL)
@@ -27,6 +28,7 @@ def render(runs: list[RunData]) -> str:
     sections = [
         _summary(runs),
         '<section id="charts"><noscript><p class="note">The curves need JavaScript.</p></noscript></section>',
+        safety_section(runs),
         _samples(runs),
         *_audits(runs),
         _differences(runs),

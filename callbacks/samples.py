@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.run_files import append_lines, cut_lines, run_folder
-from callbacks.throughput import Throughput
+from callbacks.undisturbed import undisturbed
 from llm_modules.generation import Generator
 
 
@@ -85,19 +83,9 @@ class Samples(Callback):
             self._last_step = step
             return
         self._last_step = step
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Throughput):
-                callback.pause()
-        modes = {name: module.training for name, module in pl_module.named_modules()}
-        python_state = random.getstate()
-        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            pl_module.eval()
+        with undisturbed(trainer, pl_module):
             tokenizer: Any = pl_module.tokenizer
             completions = self.generator.generate(pl_module.model, tokenizer, self.prompts)
-        random.setstate(python_state)
-        for name, module in pl_module.named_modules():
-            module.training = modes[name]
         if trainer.is_global_zero:
             rows = [
                 {"step": step, "row": row, "prompt": prompt, "text": done.text, "finish": done.finish_reason}

@@ -8,11 +8,11 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_modules.data.sources import BUILTIN_CHAT, BUILTIN_TEXT, Row
+from llm_modules.data.sources import BUILTIN_CHAT, BUILTIN_LETTERS, BUILTIN_SAFETY, BUILTIN_TEXT, Row
 
 if TYPE_CHECKING:
     from llm_modules.data.sources import Source
@@ -158,22 +158,35 @@ def _without_gaps(row: dict[str, Any]) -> dict[str, Any]:
 
 def read_builtin(path: str, split: str) -> Iterator[Row]:
     """The rows of a built-in corpus: `text`, `messages`, or `messages` with `chosen` and `rejected`."""
-    from llm_modules.data import python_docs
-
     if split not in ("train", "validation"):
         raise ValueError(f"source {path!r}: no split {split!r}; there are train and validation")
-    kinds = {BUILTIN_TEXT: python_docs.documents, BUILTIN_CHAT: python_docs.conversations}
-    rows = kinds.get(path, python_docs.preferences)(split)
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_builtin_rows(path, split), 1):
         yield Row(dict(row), f"{path}[{split}]", number)
 
 
-def builtin_version(path: str) -> str:
-    """What a built-in corpus is made of: this Python and the code that reads it."""
-    from llm_modules.data import python_docs, python_questions
+def _builtin_rows(path: str, split: str) -> Iterable[Mapping[str, Any]]:
+    from llm_modules.data import python_docs, safety_requests, word_letters
 
-    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (python_docs, python_questions))
-    return f"{path} {sys.version} {hashlib.sha256(code).hexdigest()}"
+    if path == BUILTIN_LETTERS:
+        return word_letters.rows(split)
+    if path in BUILTIN_SAFETY:
+        what = path.removeprefix("builtin:safety").removeprefix("-")
+        if what in ("preferences", "compliances"):
+            return safety_requests.preferences(split) if what == "preferences" else safety_requests.compliances(split)
+        kinds: dict[str, safety_requests.Kind] = {"refusals": "harmful", "twins": "benign"}
+        return safety_requests.requests(split, kinds.get(what))
+    python = {BUILTIN_TEXT: python_docs.documents, BUILTIN_CHAT: python_docs.conversations}
+    return python.get(path, python_docs.preferences)(split)
+
+
+def builtin_version(path: str) -> str:
+    """What a built-in corpus is made of: the code that makes it, and this Python where that is what it is about."""
+    from llm_modules.data import python_docs, python_questions, safety_requests, safety_twins, word_letters
+
+    safety = path in BUILTIN_SAFETY
+    modules = (safety_requests, safety_twins) if safety else (python_docs, python_questions, word_letters)
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
+    return f"{path} {'' if safety else sys.version} {hashlib.sha256(code).hexdigest()}"
 
 
 def _hub(source: Source) -> Any:

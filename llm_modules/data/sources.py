@@ -23,7 +23,15 @@ DATA_VARIABLE = "LITRECIPES_DATA"
 BUILTIN_TEXT = "builtin:python-docs"
 BUILTIN_CHAT = "builtin:python-qa"
 BUILTIN_PAIRS = "builtin:python-preferences"
-BUILTIN = (BUILTIN_TEXT, BUILTIN_CHAT, BUILTIN_PAIRS)
+BUILTIN_SAFETY = (
+    "builtin:safety",
+    "builtin:safety-refusals",
+    "builtin:safety-twins",
+    "builtin:safety-compliances",
+    "builtin:safety-preferences",
+)
+BUILTIN_LETTERS = "builtin:letters"
+BUILTIN = (BUILTIN_TEXT, BUILTIN_CHAT, BUILTIN_PAIRS, BUILTIN_LETTERS, *BUILTIN_SAFETY)
 
 SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -52,8 +60,9 @@ class Source:
 
     Args:
         path: A file (.txt .jsonl .json .csv .parquet), a folder or a glob of such files, a hub id of `datasets`,
-            `builtin:python-docs` (text), `builtin:python-qa` (conversations) or `builtin:python-preferences` (pairs of
-            answers). `data:NAME` is NAME below the folder named by the environment variable LITRECIPES_DATA.
+            `builtin:python-docs` (text), `builtin:python-qa` (conversations), `builtin:python-preferences` (pairs of
+            answers), `builtin:safety` or a part of it (see the README of `llm_modules/data`). `data:NAME` is NAME below
+            the folder named by the environment variable LITRECIPES_DATA.
         columns: Our column name -> the name in the files, e.g. `{text: body}`, or a place in it: `instances.0.output`.
         format: How a file is read; `auto` goes by its suffix.
         weight: How often a document is seen per epoch: 1 once, 2 twice, 0.5 half of them, the other half in the next.

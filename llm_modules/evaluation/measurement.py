@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 Z = 1.959964
 """Standard errors either side of a 95 % interval."""
@@ -15,7 +15,7 @@ class Measurement(NamedTuple):
     """One number of a table.
 
     Attributes:
-        name: what was measured, as ``attack_success``.
+        name: what was measured, as ``attack_success``; of a part of it, ``attack_success/fraud``.
         value: in its own unit; shares in [0, 1].
         low, high: ends of the 95 % interval; equal to the value where there is none.
         count: of what it was taken.
@@ -25,7 +25,7 @@ class Measurement(NamedTuple):
     value: float
     low: float
     high: float
-    count: int  # type: ignore[assignment]  # no tuple is asked how often it holds a value here
+    count: int  # type: ignore[assignment]  # nobody counts in a measurement
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Subject:
     generator: Any
 
 
+@runtime_checkable
 class Suite(Protocol):
     """An evaluation that asks a model itself."""
 

@@ -1,0 +1,158 @@
+"""How safe the model is while it learns: suites of requests, in one table of the run."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from callbacks.run_files import run_folder
+from callbacks.safety_table import FILE_NAME, as_row, read_table, write_table
+from callbacks.undisturbed import undisturbed
+from llm_modules.evaluation.measurement import Measurement, Subject, Suite
+from llm_modules.generation import Completion, Generator, Prompt
+
+
+class SafetyEvaluation(Callback):
+    """Runs suites before the first step, at validations, every n steps and at the end of a fit, and in
+    `recipes validate`.
+
+    A fit writes ``safety.csv`` into the run's folder, a row for each step and number: ``step``, ``name``, ``value``,
+    ``low`` and ``high`` (the ends of its 95 % interval), ``count``. From it the report plots harm removed against
+    helpfulness kept. The numbers are logged as ``safety/...``, too. Validate prints the table. Training is not
+    disturbed: random states are put back. Ranks share the prompts. Under a strategy that spreads the weights nothing is
+    measured, which is said.
+
+    Args:
+        suites: what is measured, by class_path: `llm_modules.evaluation.refusals.RefusalSuite`, or your own class with
+            `measure(self, subject: Subject) -> list[Measurement]`.
+        generator: how answers are generated; default: greedy, 64 new tokens, 32 prompts at a time.
+        every_n_steps: optimizer steps between measurements; 0: not counted.
+        at_validation: whether to measure at each validation.
+    """
+
+    def __init__(
+        self,
+        suites: list[Suite],
+        generator: Generator | None = None,
+        every_n_steps: int = 0,
+        at_validation: bool = True,
+    ) -> None:
+        if not suites:
+            raise ValueError("SafetyEvaluation.suites: empty; give at least one, by class_path")
+        if every_n_steps < 0:
+            raise ValueError(f"SafetyEvaluation.every_n_steps: {every_n_steps} is not allowed; 0 (off) or more")
+        self.suites = suites
+        self.generator = generator or Generator(max_new_tokens=64, batch_size=32, too_long="truncate")
+        self.every_n_steps = every_n_steps
+        self.at_validation = at_validation
+        self._last_step = -1
+        self._path: Path | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if getattr(pl_module, "scalar", False):
+            raise ValueError("SafetyEvaluation: a reward model answers nothing; leave the callback out")
+        self._spread = bool(getattr(trainer.strategy, "spreads_weights", False))
+        if self._spread:
+            rank_zero_warn(
+                "SafetyEvaluation: nothing is measured while the strategy spreads the weights; use "
+                "-c strategies/ddp or single"
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._path = run_folder(trainer) / FILE_NAME
+        self._last_step = -1
+        rows = read_table(self._path) if trainer.is_global_zero else []
+        if (kept := [row for row in rows if int(row["step"]) <= trainer.global_step]) != rows:
+            write_table(self._path, kept)
+        if trainer.global_step == 0:
+            self._measure(trainer, pl_module)
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        due = self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0
+        if due and not trainer.fit_loop._should_accumulate():
+            self._to_loggers(trainer, self._measure(trainer, pl_module))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or (trainer.state.fn == "fit" and not self.at_validation):
+            return
+        for found in self._measure(trainer, pl_module):
+            pl_module.log(f"safety/{found.name}", found.value, on_step=False, on_epoch=True, rank_zero_only=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._to_loggers(trainer, self._measure(trainer, pl_module))
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Measurement]:
+        """Nothing where this step was measured, or cannot be."""
+        step, fitting = trainer.global_step, trainer.state.fn == "fit"
+        if self._spread or (fitting and step == self._last_step):
+            return []
+        self._last_step = step
+        model: Any = pl_module
+        subject = Subject(model.model, model.tokenizer, SharedGenerator(self.generator, trainer.world_size))
+        with undisturbed(trainer, pl_module):
+            found = [measurement for suite in self.suites for measurement in suite.measure(subject)]
+        if twice := [name for name, count in Counter(m.name for m in found).items() if count > 1]:
+            raise ValueError(
+                f"SafetyEvaluation.suites: {twice[0]} is measured twice; give the suites names of their own"
+            )
+        if trainer.is_global_zero and fitting:
+            assert self._path is not None
+            rows = [as_row(step, measurement) for measurement in found]
+            again = {(row["step"], row["name"]) for row in rows}  # of a run that is begun again
+            write_table(self._path, [r for r in read_table(self._path) if (r["step"], r["name"]) not in again] + rows)
+        elif trainer.is_global_zero:
+            print("\n".join(lines(found)), file=sys.stderr, flush=True)
+        return found
+
+    def _to_loggers(self, trainer: pl.Trainer, found: Sequence[Measurement]) -> None:
+        """Into the row of the step that was just made. (``log`` would drop it between two steps that are logged.)"""
+        for logger in trainer.loggers if found else []:
+            logger.log_metrics({f"safety/{m.name}": m.value for m in found}, step=max(trainer.global_step - 1, 0))
+
+
+class SharedGenerator:
+    """A generator of which each rank generates a part, and all get everything.
+
+    Args:
+        generator: how.
+        ranks: how many there are.
+    """
+
+    def __init__(self, generator: Generator, ranks: int) -> None:
+        self.generator = generator
+        self.ranks = ranks
+
+    def generate(
+        self, model: Any, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequence[int] | None = None
+    ) -> list[Completion]:
+        """As ``Generator.generate``; all ranks call it with the same prompts."""
+        if self.ranks == 1:
+            return self.generator.generate(model, tokenizer, prompts, rows)
+        rank, numbers = torch.distributed.get_rank(), list(range(len(prompts)) if rows is None else rows)
+        own: list[Completion] | ValueError
+        try:
+            own = self.generator.generate(model, tokenizer, prompts[rank :: self.ranks], numbers[rank :: self.ranks])
+        except ValueError as error:  # the others wait to hear of it
+            own = error
+        parts: list[Any] = [None] * self.ranks
+        torch.distributed.all_gather_object(parts, own)
+        if (failed := next((part for part in parts if isinstance(part, ValueError)), None)) is not None:
+            raise ValueError(str(failed))
+        return [parts[place % self.ranks][place // self.ranks] for place in range(len(prompts))]
+
+
+def lines(found: Sequence[Measurement]) -> list[str]:
+    """The measurements as people read them."""
+    width = max((len(m.name) for m in found), default=0)
+    return [f"{m.name:{width}}  {m.value:.4f}  [{m.low:.4f}, {m.high:.4f}]  of {m.count:,}" for m in found]
