@@ -9,6 +9,7 @@ from typing import Any
 _REWARDS = {
     "Answer": "rewards",
     "CodeTests": "code_tests",
+    "ExactAnswer": "exact",
     "Format": "format",
     "FunctionReward": "rewards",
     "JudgeReward": "judge",
@@ -17,7 +18,17 @@ _REWARDS = {
     "Reward": "rewards",
 }
 
-__all__ = ["Answer", "CodeTests", "Format", "FunctionReward", "JudgeReward", "ModelReward", "NumericAnswer", "Reward"]
+__all__ = [
+    "Answer",
+    "CodeTests",
+    "ExactAnswer",
+    "Format",
+    "FunctionReward",
+    "JudgeReward",
+    "ModelReward",
+    "NumericAnswer",
+    "Reward",
+]
 
 
 def __getattr__(name: str) -> Any:
