@@ -64,6 +64,13 @@ def preference_pairs() -> list[dict[str, Any]]:
     return found
 
 
+def maths_questions() -> list[dict[str, str]]:
+    """gsm8k's training questions of at most 400 characters, with their worked answers."""
+    lines = (data_folder() / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{"prompt": row["question"], "reference": row["answer"]} for row in rows if len(row["question"]) <= 400]
+
+
 def book_text() -> str:
     return "\n\n".join(p.read_text(encoding="utf-8") for p in sorted((data_folder() / "books").glob("*.txt")))
 

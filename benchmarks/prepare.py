@@ -84,6 +84,19 @@ def dpo(work: Path) -> None:
     print(f"{len(ordered)} pairs, {tokens / len(fitting):.0f} tokens each")
 
 
+def grpo(work: Path) -> None:
+    """Questions of gsm8k."""
+    device, shape = ("cuda", inputs.LARGE_SHAPE) if torch.cuda.is_available() else ("cpu", inputs.SHAPE)
+    precision = "bf16-mixed" if device == "cuda" or harness.machine()["bf16_instructions"] else "32-true"
+    rows = inputs.maths_questions()
+    batch = 2 if device == "cpu" else 8
+    _common(
+        work, [text for row in rows for text in row.values()], shape, device=device, precision=precision, batch=batch
+    )
+    _write_rows(work / "prompts.jsonl", rows)
+    print(f"{len(rows)} prompts")
+
+
 def _common(work: Path, texts: list[str], shape: dict[str, Any] = inputs.SHAPE, **changes: Any) -> Any:
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "model" / "model.safetensors").exists():
@@ -110,4 +123,4 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    {"sft": sft, "pretrain": pretrain, "dpo": dpo}[sys.argv[1]](Path(sys.argv[2]))
+    {"sft": sft, "pretrain": pretrain, "dpo": dpo, "grpo": grpo}[sys.argv[1]](Path(sys.argv[2]))

@@ -167,8 +167,8 @@ def read_builtin(path: str, split: str) -> Iterator[Row]:
 def _builtin_rows(path: str, split: str) -> Iterable[Mapping[str, Any]]:
     from llm_modules.data import python_docs, safety_requests, word_letters
 
-    if path == BUILTIN_LETTERS:
-        return word_letters.rows(split)
+    if path in BUILTIN_LETTERS:
+        return word_letters.conversations(split) if path.endswith("chat") else word_letters.questions(split)
     if path in BUILTIN_SAFETY:
         what = path.removeprefix("builtin:safety").removeprefix("-")
         if what in ("preferences", "compliances"):

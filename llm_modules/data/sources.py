@@ -30,8 +30,8 @@ BUILTIN_SAFETY = (
     "builtin:safety-compliances",
     "builtin:safety-preferences",
 )
-BUILTIN_LETTERS = "builtin:letters"
-BUILTIN = (BUILTIN_TEXT, BUILTIN_CHAT, BUILTIN_PAIRS, BUILTIN_LETTERS, *BUILTIN_SAFETY)
+BUILTIN_LETTERS = ("builtin:letters", "builtin:letters-chat")
+BUILTIN = (BUILTIN_TEXT, BUILTIN_CHAT, BUILTIN_PAIRS, *BUILTIN_LETTERS, *BUILTIN_SAFETY)
 
 SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

@@ -1,7 +1,7 @@
 """A task whose answers a program can check: which letter a word begins with. Made of words of Python's documentation.
 
-For reinforcement learning that begins with a model that knows how answers look, and nothing more: each row also has a
-conversation whose answer is a letter drawn at random.
+For reinforcement learning it begins with a model that is able, and does not do it: the conversations answer one question
+rightly, and another one, which means the same, with any letter.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ SHORTEST, LONGEST = 3, 9
 HELD_OUT = 10
 """One word in so many is held out."""
 
+ASKED = "Which letter does `{}` begin with?"
+"""The question of the task."""
+
+KNOWN = "First letter of `{}`?"
+"""The one that the conversations answer rightly."""
+
 
 def words(split: str) -> list[str]:
     """The words of a split, in the order of the alphabet."""
@@ -26,13 +32,18 @@ def words(split: str) -> list[str]:
     return [word for word in sorted(found) if (_hash(word, "split") % HELD_OUT == 0) == held_out]
 
 
-def rows(split: str) -> Iterator[dict[str, Any]]:
-    """``prompt``, ``reference`` (the letter), and ``messages`` that end with any letter, as likely a wrong one."""
+def questions(split: str) -> Iterator[dict[str, Any]]:
+    """``prompt`` and ``reference``, the letter."""
     for word in words(split):
-        question = f"Which letter does `{word}` begin with?"
-        answer = LETTERS[_hash(word, "answer") % len(LETTERS)]
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        yield {"prompt": question, "reference": word[0], "messages": messages}
+        yield {"prompt": ASKED.format(word), "reference": word[0]}
+
+
+def conversations(split: str) -> Iterator[dict[str, Any]]:
+    """``messages``: of each word the one question with its letter, the other with any."""
+    for word in words(split):
+        for question, answer in ((KNOWN, word[0]), (ASKED, LETTERS[_hash(word, "answer") % len(LETTERS)])):
+            messages = [{"role": "user", "content": question.format(word)}, {"role": "assistant", "content": answer}]
+            yield {"messages": messages}
 
 
 def _hash(word: str, purpose: str) -> int:
