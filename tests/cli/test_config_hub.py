@@ -37,7 +37,13 @@ CHAT = [
     for i in range(300)
 ]
 PAIRS = [{"prompt": f"say {i}", "chosen": f"it is {i} " * 4, "rejected": "no"} for i in range(300)]
-KINDS = {"TextDataModule": TEXT, "ConversationDataModule": CHAT, "PreferenceDataModule": PAIRS}
+PROMPTS = [{"prompt": f"say {i}", "reference": str(i)} for i in range(300)]
+KINDS = {
+    "TextDataModule": TEXT,
+    "ConversationDataModule": CHAT,
+    "PreferenceDataModule": PAIRS,
+    "PromptDataModule": PROMPTS,
+}
 
 
 def names(paths: list[Path]) -> list[Any]:
