@@ -25,7 +25,7 @@ class Measurement(NamedTuple):
     value: float
     low: float
     high: float
-    count: int
+    count: int  # type: ignore[assignment]  # no tuple is asked how often it holds a value here
 
 
 @dataclass
