@@ -162,7 +162,10 @@ class _Shares:
 
 def common_tokens(one: Sequence[int], other: Sequence[int]) -> list[tuple[int, int]]:
     """Places (in the one, in the other) of the tokens that both have: the matching blocks of difflib, as the authors of
-    CrowS-Pairs find them."""
+    CrowS-Pairs find them, but for difflib's order: it finds others where the two are exchanged, and so a pair's score
+    would not be the negative of the exchanged pair's. So the smaller one goes first."""
+    if list(other) < list(one):
+        return [(place, partner) for partner, place in common_tokens(other, one)]
     blocks = SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
     return [(block.a + step, block.b + step) for block in blocks for step in range(block.size)]
 
@@ -215,16 +218,7 @@ def _bias(row: Mapping[str, Any], answer: int) -> int | None:
     return None
 
 
-_ALIKE = {
-    "man": "m",
-    "boy": "m",
-    "men": "m",
-    "woman": "f",
-    "girl": "f",
-    "women": "f",
-    "girls": "f",
-    "transgender": "trans",
-}
+_ALIKE = {"man": "m", "boy": "m", "men": "m", "woman": "f", "girl": "f", "women": "f", "girls": "f"}
 """Groups that BBQ's metadata and answers name differently, as in the authors' script of the metadata."""
 
 
@@ -232,7 +226,7 @@ def _names(group: str) -> set[str]:
     """A group's name and, of a combined one (F-Black), its parts, written alike (low SES, lowSES)."""
     parts = [group, *re.split(r"[-_/]", group)]
     plain = [part.lower().replace(" ", "") for part in parts if part]
-    return {_ALIKE.get(part, part) for part in plain}
+    return {"trans" if part.startswith("trans") else _ALIKE.get(part, part) for part in plain}
 
 
 def _pair(where: str, row: dict[str, Any]) -> Triple:

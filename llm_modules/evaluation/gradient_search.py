@@ -186,7 +186,7 @@ class SuffixSearch:
 
 
 def token_gradient(model: Any, slot: Slot, suffix: Tensor, table_VH: Tensor) -> Tensor:
-    """(S, V) fp32 gradient of the wanted answer's loss on the suffix's one-hot rows: that on the embeddings, times the
+    """(S, V) gradient of the wanted answer's loss on the suffix's one-hot rows: that on the embeddings, times the
     embeddings of all tokens."""
     ids = slot.rows(suffix[None]).to(table_VH.device)
     start, end = len(slot.before), len(slot.before) + len(suffix)
@@ -195,7 +195,7 @@ def token_gradient(model: Any, slot: Slot, suffix: Tensor, table_VH: Tensor) -> 
     embeddings = torch.cat([embeddings[:, :start], own, embeddings[:, end:]], 1)
     loss = target_losses(model, len(slot.target), inputs_embeds=embeddings, ids=ids)
     (gradient,) = torch.autograd.grad(loss.sum(), own)
-    return gradient[0].float() @ table_VH.float().T
+    return _at_least_fp32(gradient[0]) @ _at_least_fp32(table_VH).T
 
 
 def target_losses(model: Any, targets: int, ids: Tensor | None = None, **inputs: Tensor) -> Tensor:
@@ -207,9 +207,13 @@ def target_losses(model: Any, targets: int, ids: Tensor | None = None, **inputs:
         inputs: ``input_ids`` or ``inputs_embeds``.
     """
     wanted = (inputs["input_ids"] if ids is None else ids)[:, -targets:]
-    logits = last_logits(model, targets + 1, **inputs)[:, :-1].float()
+    logits = _at_least_fp32(last_logits(model, targets + 1, **inputs)[:, :-1])
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
     return losses.double().mean(1)
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def lay_out(tokenizer: PreTrainedTokenizerBase, request: str, suffix: str, target: str) -> tuple[Slot, list[int]]:
