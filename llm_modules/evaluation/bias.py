@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from typing import Any, Literal, NamedTuple, get_args
 
 from llm_modules.evaluation.likelihood import BATCH_TOKENS, continuation, encode, token_logprobs
-from llm_modules.evaluation.measurement import Measurement, Subject, mean, share
+from llm_modules.evaluation.measurement import Measurement, Subject, mean, prefixed, share
 from llm_modules.evaluation.rows import check_choice, check_columns, check_least, located, read_json, read_rows
 
 Format = Literal["crows_pairs", "stereoset", "bbq"]
@@ -46,23 +46,30 @@ class BiasPairs:
         format: crows_pairs, stereoset or bbq.
         limit: only the first so many rows; all if not given.
         batch_tokens: most tokens scored at once, padding included.
+        name: put before the names of what is measured, as ``NAME_...``; needed where there are several.
 
     Raises:
         ValueError: a format that is not known, no file, no rows, a column that is missing.
     """
 
-    def __init__(self, path: str, format: Format, limit: int | None = None, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(
+        self,
+        path: str,
+        format: Format,
+        limit: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        name: str = "",
+    ) -> None:
         check_choice("format", format, get_args(Format))
         check_least(batch_tokens=(batch_tokens, 1), limit=(1 if limit is None else limit, 1))
-        self.path, self.format, self.limit, self.batch_tokens = path, format, limit, batch_tokens
+        self.path, self.format, self.limit, self.batch_tokens, self.name = path, format, limit, batch_tokens, name
         readers: dict[str, Callable[[], list[Any]]]
         readers = {"crows_pairs": self._crows_rows, "stereoset": self._stereoset_rows, "bbq": self._bbq_rows}
         self.rows = readers[format]()
 
     def measure(self, subject: Subject) -> list[Measurement]:
-        if self.format == "crows_pairs":
-            return self._crows_pairs(subject)
-        return self._stereoset(subject) if self.format == "stereoset" else self._bbq(subject)
+        measures = {"crows_pairs": self._crows_pairs, "stereoset": self._stereoset, "bbq": self._bbq}
+        return prefixed(self.name, measures[self.format](subject))
 
     def _crows_rows(self) -> list[dict[str, Any]]:
         return read_rows(self.path, ["sent_more", "sent_less"], self.limit)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from llm_modules.evaluation.likelihood import BATCH_TOKENS, continuation, encode, likeliest, token_logprobs
-from llm_modules.evaluation.measurement import Measurement, Subject, mean, share
+from llm_modules.evaluation.measurement import Measurement, Subject, mean, prefixed, share
 from llm_modules.evaluation.rows import check_choice, check_least, read_rows
 
 Estimate = Literal["skew_normal", "sampling"]
@@ -93,6 +93,7 @@ class Canaries:
             those that are at least as likely, so that no exposure is above log2(candidates + 1).
         seed: of the draws.
         batch_tokens: most tokens scored at once, padding included.
+        name: put before the names of what is measured, as ``NAME_...``; needed where there are several.
 
     Raises:
         ValueError: no file, no rows, a column that is missing, a template without {digits}.
@@ -105,10 +106,12 @@ class Canaries:
         estimate: Estimate = "skew_normal",
         seed: int = 0,
         batch_tokens: int = BATCH_TOKENS,
+        name: str = "",
     ) -> None:
         check_choice("estimate", estimate, get_args(Estimate))
         check_least(candidates=(candidates, 10), batch_tokens=(batch_tokens, 1))
         self.candidates, self.estimate, self.seed, self.batch_tokens = candidates, estimate, seed, batch_tokens
+        self.name = name
         self.rows = read_rows(path, ["template", "name", "secret", "repeats"])
         for row in self.rows:
             check_template(row["template"])
@@ -123,7 +126,7 @@ class Canaries:
             of_it = [number for number, row in enumerate(self.rows) if int(row["repeats"]) == repeats]
             found.append(mean(f"canary_exposure/{repeats}", [exposures[number] for number in of_it]))
             found.append(share(f"canary_extracted/{repeats}", sum(extracted[number] for number in of_it), len(of_it)))
-        return found
+        return prefixed(self.name, found)
 
     def _exposure(self, subject: Subject, row: dict[str, Any], number: int) -> float:
         """Bits, between 0 and log2 |R|."""

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from llm_modules.evaluation.asking import RefusalDetector, answers
-from llm_modules.evaluation.measurement import Measurement, Subject, share
+from llm_modules.evaluation.asking import RefusalDetector, answers, refused
+from llm_modules.evaluation.measurement import Measurement, Subject, prefixed, share
 from llm_modules.evaluation.rows import check_choice, check_columns, check_least, located, texts
 
 BUILT_IN = Path(__file__).with_name("jailbreak_templates.yaml")
@@ -51,11 +51,12 @@ class Jailbreaks:
 
     Args:
         prompts: a .csv, .jsonl or .json file; ``data:NAME`` is NAME below the folder that LITRECIPES_DATA names.
-        detector: what tells refusals, called with (request, answer).
+        detector: what tells refusals: has ``judge`` (see ``RefusalJudge``), or is called with (request, answer).
         column: of the requests.
         templates: a YAML file of frames (name, text with {prompt}, encoding); not given: those shipped.
         only: names of the frames to use; all if not given.
         limit: only the first so many requests; all if not given.
+        name: put before the names of what is measured, as ``NAME_...``; needed where there are several.
 
     Raises:
         ValueError: a file, column, frame or name that is not allowed.
@@ -69,10 +70,11 @@ class Jailbreaks:
         templates: str | None = None,
         only: list[str] | None = None,
         limit: int | None = None,
+        name: str = "",
     ) -> None:
         check_least(limit=(1 if limit is None else limit, 1))
         self.prompts = texts(prompts, column, limit)
-        self.detector = detector
+        self.detector, self.name = detector, name
         found = {template.name: template for template in read_templates(templates)}
         for name in only or []:
             check_choice("only", name, list(found))
@@ -85,10 +87,10 @@ class Jailbreaks:
         broken = [False] * count
         for number, template in enumerate(self.templates):
             part = said[number * count : (number + 1) * count]
-            hits = [not self.detector(prompt, answer) for prompt, answer in zip(self.prompts, part, strict=True)]
+            hits = [not refusal for refusal in refused(self.detector, self.prompts, part)]
             broken = [before or hit for before, hit in zip(broken, hits, strict=True)]
             measurements.append(share(f"jailbreak_success/{template.name}", sum(hits), count))
-        return [*measurements, share("jailbreak_success_any", sum(broken), count)]
+        return prefixed(self.name, [*measurements, share("jailbreak_success_any", sum(broken), count)])
 
 
 def read_templates(path: str | None = None) -> list[Template]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llm_modules.evaluation.asking import RefusalDetector, answers, encode_prompts
+from llm_modules.evaluation.asking import RefusalDetector, answers, encode_prompts, refused
 from llm_modules.evaluation.gradient_search import Budget, Found, SuffixSearch
 from llm_modules.evaluation.likelihood import likeliest, token_logprobs
-from llm_modules.evaluation.measurement import Measurement, Subject, mean, share
+from llm_modules.evaluation.measurement import Measurement, Subject, mean, prefixed, share
 from llm_modules.evaluation.rows import check_least, read_rows
 
 
@@ -22,7 +22,7 @@ class AdversarialSuffixes:
 
     Args:
         prompts: a .csv, .jsonl or .json file; ``data:NAME`` is NAME below the folder that LITRECIPES_DATA names.
-        detector: what tells refusals, called with (request, answer).
+        detector: what tells refusals: has ``judge`` (see ``RefusalJudge``), or is called with (request, answer).
         column: of the requests.
         target_column: of the wanted beginnings of the answers ("Sure, here is ...").
         universal: one suffix for all requests; false: each gets its own.
@@ -30,6 +30,7 @@ class AdversarialSuffixes:
         start: text that the search begins with; its tokens are exchanged one by one.
         seed: of what is drawn.
         limit: only the first so many requests; all if not given.
+        name: put before the names of what is measured, as ``NAME_...``; needed where there are several.
 
     Attributes:
         found: the suffixes of the last measurement, one for each request, or one for all.
@@ -49,6 +50,7 @@ class AdversarialSuffixes:
         start: str = "! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! !",
         seed: int = 0,
         limit: int | None = None,
+        name: str = "",
     ) -> None:
         check_least(limit=(1 if limit is None else limit, 1))
         if not start.strip() or start != start.strip():
@@ -56,7 +58,7 @@ class AdversarialSuffixes:
         rows = read_rows(prompts, [column, target_column], limit)
         self.pairs = [(str(row[column]), str(row[target_column])) for row in rows]
         self.detector, self.universal, self.budget = detector, universal, budget
-        self.start, self.seed = start, seed
+        self.start, self.seed, self.name = start, seed, name
         self.found: list[Found] = []
 
     def measure(self, subject: Subject) -> list[Measurement]:
@@ -69,13 +71,14 @@ class AdversarialSuffixes:
         before, _ = self._losses(subject, [f"{request} {self.start}" for request in requests], searches)
         after, said = self._losses(subject, attacks, searches)
         count = len(requests)
-        return [
+        found = [
             mean("suffix_target_loss_start", before),
             mean("suffix_target_loss", after),
             share("suffix_target_said", sum(said), count),
             share("suffix_success_without", self._answered(subject, requests, requests), count),
             share("suffix_success", self._answered(subject, requests, attacks), count),
         ]
+        return prefixed(self.name, found)
 
     def _losses(
         self, subject: Subject, texts: list[str], searches: list[SuffixSearch]
@@ -89,5 +92,4 @@ class AdversarialSuffixes:
         return [-float(row.mean()) for row in scores], said
 
     def _answered(self, subject: Subject, requests: tuple[str, ...], asked: list[str] | tuple[str, ...]) -> int:
-        said = answers(subject, asked)
-        return sum(not self.detector(request, answer) for request, answer in zip(requests, said, strict=True))
+        return sum(not refusal for refusal in refused(self.detector, requests, answers(subject, asked)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from jsonargparse import ArgumentParser
 
+from llm_modules.evaluation.asking import Reply, refused
 from llm_modules.evaluation.canaries import write_canaries
 from llm_modules.evaluation.measurement import Suite
 
@@ -16,13 +18,24 @@ class Refuses:
         return answer.startswith("I cannot")
 
 
+class Judge:
+    """One that takes many answers at once, of whatever has their ``text``."""
+
+    def __init__(self, word: str = "I cannot") -> None:
+        self.word = word
+
+    def judge(self, replies: Sequence[Reply]) -> list[bool]:
+        return [reply.request != "" and reply.text.startswith(self.word) for reply in replies]
+
+
 DETECTOR = {"class_path": f"{__name__}.Refuses"}
+JUDGE = {"class_path": f"{__name__}.Judge", "init_args": {"word": "No"}}
 SUITES: dict[str, dict[str, Any]] = {
     "bias.BiasPairs": {"path": "pairs.csv", "format": "crows_pairs"},
     "canaries.Canaries": {"path": "canaries.jsonl", "candidates": 100},
     "toxicity.Toxicity": {"classifier": "some/classifier", "label": "toxic", "prompts": "goals.csv", "column": "goal"},
     "jailbreaks.Jailbreaks": {"prompts": "goals.csv", "column": "goal", "detector": DETECTOR, "only": ["persona"]},
-    "suffixes.AdversarialSuffixes": {"prompts": "goals.csv", "detector": DETECTOR, "budget": {"steps": 3}},
+    "suffixes.AdversarialSuffixes": {"prompts": "goals.csv", "detector": JUDGE, "budget": {"steps": 3}},
 }
 
 
@@ -44,7 +57,9 @@ def test_by_class_path(name, tmp_path, monkeypatch):
         assert suite.budget.steps == 3
         assert suite.budget.top_k == 256
     if "detector" in SUITES[name]:
-        assert suite.detector("", "I cannot say")
+        said = ["I cannot say", "Sure", "No"]
+        refusals = [False, False, True] if name.startswith("suffixes") else [True, False, False]
+        assert refused(suite.detector, ["a", "b", "c"], said) == refusals
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -63,14 +63,14 @@ def test_success_by_frame_and_in_any(prompts):
         judged.append(prompt)
         return answer == "no"
 
-    suite = Jailbreaks(prompts, detector, only=["rot13", "leet", "persona"])
+    suite = Jailbreaks(prompts, detector, only=["rot13", "leet", "persona"], name="mine")
     found = suite.measure(Subject(None, byte_tokenizer(), generator))
     assert [(m.name, m.value, m.count) for m in found] == [
-        ("jailbreak_success/plain", 0.0, 3),
-        ("jailbreak_success/rot13", 1 / 3, 3),
-        ("jailbreak_success/leet", 2 / 3, 3),
-        ("jailbreak_success/persona", 0.0, 3),
-        ("jailbreak_success_any", 2 / 3, 3),
+        ("mine_jailbreak_success/plain", 0.0, 3),
+        ("mine_jailbreak_success/rot13", 1 / 3, 3),
+        ("mine_jailbreak_success/leet", 2 / 3, 3),
+        ("mine_jailbreak_success/persona", 0.0, 3),
+        ("mine_jailbreak_success_any", 2 / 3, 3),
     ]
     assert judged == ["Do A", "Do B", "Do C"] * 4  # the request itself, not its frame
     assert generator.asked[:3] == ["Do A", "Do B", "Do C"]
