@@ -88,6 +88,11 @@ class BiasPairs:
         for number, row in enumerate(rows, 1):
             for key, values in allowed.items():
                 check_choice(f"{self.path}:{number}: {key}", row[key], values)
+            for key, names in (
+                ("answer_info", ["ans0", "ans1", "ans2"]),
+                ("additional_metadata", ["stereotyped_groups"]),
+            ):
+                check_columns(f"{self.path}:{number}: {key}", row[key], names)
         return rows
 
     def _crows_pairs(self, subject: Subject) -> list[Measurement]:
@@ -250,6 +255,8 @@ def _triples(where: str, value: Any) -> list[Triple]:
         for number, row in enumerate(value["data"].get(part, []), 1):
             place = f"{where}: {part} {number}"
             check_columns(place, row, ["target", "bias_type", "context", "sentences"])
+            for sentence in row["sentences"]:
+                check_columns(f"{place}: sentence", sentence, ["gold_label", "sentence"])
             texts = {sentence["gold_label"]: sentence["sentence"] for sentence in row["sentences"]}
             check_columns(place, texts, ["stereotype", "anti-stereotype", "unrelated"])
             between = part == "intersentence"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_modules.evaluation.asking import encode_prompts, rendered
-from llm_modules.evaluation.likelihood import embedding_device, last_logits, transformers_model, undisturbed
+from llm_modules.evaluation.likelihood import check_rows, embedding_device, last_logits, transformers_model, undisturbed
 from llm_modules.evaluation.rows import check_least
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ class SuffixSearch:
         start: text that the search begins with; its tokens are exchanged one by one, so it gives the suffix's length.
 
     Raises:
-        ValueError: the tokenizer does not give the start back, or other tokens after different requests.
+        ValueError: the tokenizer does not give the start back, or other tokens after different requests; a request is
+            too long.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class SuffixSearch:
                 f"start: {start!r} is not the same tokens after {different.request!r} as after "
                 f"{self.slots[0].request!r}; choose another start, or universal: false"
             )
+        check_rows(model, [slot.row(self.start) for slot in self.slots])
         # The space before the suffix is either in its first token, or a token of its own.
         self.glue = "" if self._decoded(self.start).startswith(" ") else " "
         if not self.kept(torch.tensor([self.start])).all():

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from llm_modules.evaluation.asking import RefusalDetector, answers, refused
 from llm_modules.evaluation.measurement import Measurement, Subject, prefixed, share
-from llm_modules.evaluation.rows import check_choice, check_columns, check_least, located, texts
+from llm_modules.evaluation.rows import check_choice, check_columns, check_least, located, read_text, texts
 
 BUILT_IN = Path(__file__).with_name("jailbreak_templates.yaml")
 
@@ -103,10 +103,10 @@ def read_templates(path: str | None = None) -> list[Template]:
 
     file = BUILT_IN if path is None else located(path)
     try:
-        rows = yaml.safe_load(file.read_text(encoding="utf-8"))
+        rows = yaml.safe_load(read_text(file))
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file}: a list of templates, each with name and text, is needed")
     found: dict[str, Template] = {}
     for number, row in enumerate(rows, 1):

@@ -78,10 +78,10 @@ def token_logprobs(
         batch_tokens: most tokens of a batch, padding included.
 
     Raises:
-        ValueError: a row is longer than the model's positions.
+        ValueError: as ``check_rows``.
     """
     first = [first] * len(rows) if isinstance(first, int) else first
-    _check_rows(model, rows)
+    check_rows(model, rows)
     found: dict[int, Tensor] = {}
     score = _zoo_logprobs if hasattr(model, "hf") else _plain_logprobs
     with undisturbed(model):
@@ -98,7 +98,7 @@ def likeliest(
     model: Any, rows: Sequence[Sequence[int]], first: Sequence[int], batch_tokens: int = BATCH_TOKENS
 ) -> list[bool]:
     """Of each row whether greedy decoding, given the tokens before place ``first``, goes on with exactly the others."""
-    _check_rows(model, rows)
+    check_rows(model, rows)
     found: dict[int, bool] = {}
     with undisturbed(model):
         for places in batches([len(row) for row in rows], batch_tokens):
@@ -128,12 +128,19 @@ def embedding_device(model: Any) -> torch.device:
     return device
 
 
-def _check_rows(model: Any, rows: Sequence[Sequence[int]]) -> None:
-    config = transformers_model(model).config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    longest = max(range(len(rows)), key=lambda place: len(rows[place]), default=None)
-    if most is not None and longest is not None and len(rows[longest]) > most:
-        raise ValueError(f"text {longest}: {len(rows[longest])} tokens, but the model has {most} positions; shorten it")
+def check_rows(model: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Raise a ValueError for a row that is longer than the model's positions or has ids outside of its vocabulary."""
+    hf = transformers_model(model)
+    most = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
+    vocabulary = hf.get_input_embeddings().weight.shape[0]
+    for place, row in enumerate(rows):
+        if most is not None and len(row) > most:
+            raise ValueError(f"text {place}: {len(row)} tokens, but the model has {most} positions; shorten it")
+        if max(row) >= vocabulary:
+            raise ValueError(
+                f"text {place}: token id {max(row)} is outside the model's vocabulary of {vocabulary}; the tokenizer "
+                "belongs to another model"
+            )
 
 
 def _padded(model: Any, rows: Sequence[Sequence[int]], first: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Collection, Iterable, Sequence
@@ -36,14 +37,29 @@ def located(path: str) -> Path:
     return file
 
 
+def read_text(file: Path) -> str:
+    """What is in a file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        ) from error
+
+
 def read_json(file: Path) -> Any:
     """The value in a .json file.
 
     Raises:
         ValueError: it is no JSON.
     """
+    text = read_text(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file}: no JSON: {error}") from error
 
@@ -64,7 +80,7 @@ def read_rows(path: str, columns: Collection[str], limit: int | None = None) -> 
             f"{file}: format {file.suffix or 'without suffix'!r} is not known; allowed: {', '.join(SUFFIXES)}"
         )
     rows = _csv(file) if file.suffix == ".csv" else _jsonl(file) if file.suffix == ".jsonl" else read_json(file)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list):
         raise ValueError(f"{file}: a list of objects is needed")
     if not rows:
         raise ValueError(f"{file}: the file has no rows")
@@ -74,11 +90,13 @@ def read_rows(path: str, columns: Collection[str], limit: int | None = None) -> 
     return rows
 
 
-def check_columns(where: str, row: dict[str, Any], columns: Iterable[str]) -> None:
-    """Raise a ValueError for the first column that a row lacks."""
+def check_columns(where: str, row: Any, columns: Iterable[str]) -> None:
+    """Raise a ValueError for what is no row, and for the first column that a row lacks."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: an object is needed, not {type(row).__name__}")
     for name in columns:
         if row.get(name) is None:
-            found = ", ".join(key for key, value in row.items() if value is not None) or "none"
+            found = ", ".join(str(key) for key, value in row.items() if value is not None) or "none"
             raise ValueError(f"{where}: no column {name!r}; there are: {found}{nearest(name, row)}")
 
 
@@ -119,16 +137,16 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 def _csv(file: Path) -> list[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        try:
-            return list(csv.DictReader(stream, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: broken CSV: {error}") from error
+    text = read_text(file)
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{file}: broken CSV: {error}") from error
 
 
 def _jsonl(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

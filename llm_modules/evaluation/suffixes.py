@@ -6,7 +6,7 @@ from llm_modules.evaluation.asking import RefusalDetector, answers, encode_promp
 from llm_modules.evaluation.gradient_search import Budget, Found, SuffixSearch
 from llm_modules.evaluation.likelihood import likeliest, token_logprobs
 from llm_modules.evaluation.measurement import Measurement, Subject, mean, prefixed, share
-from llm_modules.evaluation.rows import check_least, read_rows
+from llm_modules.evaluation.rows import check_least, texts
 
 
 class AdversarialSuffixes:
@@ -55,8 +55,8 @@ class AdversarialSuffixes:
         check_least(limit=(1 if limit is None else limit, 1))
         if not start.strip() or start != start.strip():
             raise ValueError(f"start: {start!r} is not allowed; a text without spaces around it is")
-        rows = read_rows(prompts, [column, target_column], limit)
-        self.pairs = [(str(row[column]), str(row[target_column])) for row in rows]
+        requests, targets = (texts(prompts, name, limit) for name in (column, target_column))
+        self.pairs = list(zip(requests, targets, strict=True))
         self.detector, self.universal, self.budget = detector, universal, budget
         self.start, self.seed, self.name = start, seed, name
         self.found: list[Found] = []
@@ -66,8 +66,8 @@ class AdversarialSuffixes:
         searches = [SuffixSearch(subject.model, subject.tokenizer, group, self.start) for group in groups]
         self.found = [search.search(self.budget, self.seed + n) for n, search in enumerate(searches)]
         requests = tuple(request for request, _ in self.pairs)
-        texts = [self.found[0 if self.universal else number].text for number in range(len(requests))]
-        attacks = [request + text for request, text in zip(requests, texts, strict=True)]
+        own = [self.found[0 if self.universal else number].text for number in range(len(requests))]
+        attacks = [request + text for request, text in zip(requests, own, strict=True)]
         before, _ = self._losses(subject, [f"{request} {self.start}" for request in requests], searches)
         after, said = self._losses(subject, attacks, searches)
         count = len(requests)
@@ -81,11 +81,11 @@ class AdversarialSuffixes:
         return prefixed(self.name, found)
 
     def _losses(
-        self, subject: Subject, texts: list[str], searches: list[SuffixSearch]
+        self, subject: Subject, asked: list[str], searches: list[SuffixSearch]
     ) -> tuple[list[float], list[bool]]:
         """Of each text the wanted answer's loss, and whether greedy decoding says it."""
         targets = [slot.target for search in searches for slot in search.slots]
-        prompts = encode_prompts(subject.tokenizer, texts)
+        prompts = encode_prompts(subject.tokenizer, asked)
         rows, first = [p + t for p, t in zip(prompts, targets, strict=True)], [len(p) for p in prompts]
         scores = token_logprobs(subject.model, rows, first, self.budget.batch_tokens)
         said = likeliest(subject.model, rows, first, self.budget.batch_tokens)

@@ -243,7 +243,21 @@ def test_bbq_answers_by_mean_likelihood(tmp_path, tokenizer):
         ("a.jsonl", "{", "bbq", r"a.jsonl:1: no JSON"),
         ("a.jsonl", json.dumps(bbq_row("vague", "neg", 0)), "bbq", r"1: context_condition: 'vague' is not allowed"),
         ("a.json", "{}", "stereoset", r"a.json: StereoSet's .json has an object 'data'"),
-        ("a.json", "[1]", "bbq", r"a.json: a list of objects is needed"),
+        ("a.json", "[1]", "bbq", r"a.json:1: an object is needed, not int"),
+        ("a.json", "1", "bbq", r"a.json: a list of objects is needed"),
+        (
+            "a.jsonl",
+            json.dumps(bbq_row("ambig", "neg", 0, answer_info="x")),
+            "bbq",
+            r"1: answer_info: an object is needed",
+        ),
+        ("a.csv", "sent_less,a\nb,c,d\n", "crows_pairs", r"1: no column 'sent_more'; there are: sent_less, a, None"),
+        (
+            "a.json",
+            json.dumps({"data": {"intrasentence": [{"target": "x"}]}}),
+            "stereoset",
+            r"1: no column 'bias_type'",
+        ),
         (
             "a.csv",
             "advantaged,disadvantaged,gold-direction\na,b,up\n",
@@ -257,6 +271,13 @@ def test_bad_files(tmp_path, name, content, format, message):
     with pytest.raises(ValueError, match=message) as error:
         BiasPairs(str(tmp_path / name), format)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_not_utf8(tmp_path, name):
+    (tmp_path / name).write_bytes("sent_more,sent_less\n\xe9,b\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name}: not UTF-8: byte 0xe9 at offset 20"):
+        BiasPairs(str(tmp_path / name), "crows_pairs")
 
 
 def test_no_file(tmp_path, monkeypatch):

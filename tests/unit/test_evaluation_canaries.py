@@ -58,7 +58,7 @@ def test_what_is_written(tmp_path):
 
 
 def test_exposure_is_the_rank_by_brute_force(tmp_path, tokenizer):
-    file = write_canaries(tmp_path, "{name}: {digits}, said she.", digits=2, each=3, repeats=(0, 1))
+    file = write_canaries(tmp_path, "{name}: {digits}, said she.", digits=2, each=2, repeats=(0, 1))
     lm = model().eval()
     expected = []
     for line in file.read_text().splitlines():
@@ -70,8 +70,8 @@ def test_exposure_is_the_rank_by_brute_force(tmp_path, tokenizer):
         rank = sum(loss <= losses[row["secret"]] for loss in losses.values())
         expected.append(math.log2(100) - math.log2(rank))
     found = measured(Canaries(str(file)), lm, tokenizer)
-    assert found["canary_exposure/0"].value == pytest.approx(sum(expected[:3]) / 3, abs=1e-9)
-    assert found["canary_exposure/1"].value == pytest.approx(sum(expected[3:]) / 3, abs=1e-9)
+    assert found["canary_exposure/0"].value == pytest.approx(sum(expected[:2]) / 2, abs=1e-9)
+    assert found["canary_exposure/1"].value == pytest.approx(sum(expected[2:]) / 2, abs=1e-9)
     assert found["canary_extracted/0"].value == 0.0
 
 

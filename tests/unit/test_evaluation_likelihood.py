@@ -69,7 +69,7 @@ def test_sums_are_the_loss_of_transformers_times_its_tokens(kind, batch_tokens, 
         assert len(values) == len(row) - 1
         if len(values):
             ids = torch.tensor([row])
-            loss = float(model(input_ids=ids, labels=ids).loss)
+            loss = float(model(input_ids=ids, labels=ids).loss.detach())
             assert float(values.sum()) == pytest.approx(-loss * len(values), rel=1e-6, abs=1e-5)
 
 
@@ -127,10 +127,14 @@ def test_a_continuation_begins_where_the_texts_part(tokenizer):
     assert ids[0] == tokenizer.bos_token_id
 
 
-def test_too_long(tokenizer):
+def test_rows_that_the_model_cannot_take(tokenizer):
     rows = [encode(tokenizer, "a"), encode(tokenizer, "b" * 128)]
     with pytest.raises(ValueError, match=r"text 1: 129 tokens, but the model has 128 positions"):
         token_logprobs(plain("llama"), rows)
+    with pytest.raises(
+        ValueError, match=r"text 1: token id 260 is outside the model's vocabulary of 260; the tokenizer"
+    ):
+        token_logprobs(plain("llama"), [[1, 2], [1, 260]])
 
 
 def test_a_tokenizer_without_a_beginning():

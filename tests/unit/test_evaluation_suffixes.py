@@ -302,6 +302,12 @@ def test_what_is_not_allowed(tmp_path):
         AdversarialSuffixes(goals(tmp_path), lambda *_: False, target_column="targets")
     with pytest.raises(ValueError, match=r"target: '' has no tokens"):
         SuffixSearch(plain(), bytes_of(), [("a", "")], "!")
+    with pytest.raises(ValueError, match=r"text 0: \d+ tokens, but the model has 128 positions"):
+        SuffixSearch(plain(), bytes_of(), [("a" * 120, "Sure")], "!")
+    empty = tmp_path / "empty.csv"
+    empty.write_text("goal,target\na,\n")
+    with pytest.raises(ValueError, match=r"empty.csv:1: target: '' is not allowed; a text that is not empty is"):
+        AdversarialSuffixes(str(empty), lambda *_: False)
     shouting = bytes_of(CHATML.replace("| trim", "| upper"))
     with pytest.raises(ValueError, match=r"start: the chat template changes 'x!'"):
         SuffixSearch(plain(), shouting, PAIRS, "x!")
