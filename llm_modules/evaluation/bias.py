@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from llm_modules.evaluation.likelihood import BATCH_TOKENS, continuation, encode, token_logprobs
 from llm_modules.evaluation.measurement import Measurement, Subject, mean, prefixed, share
-from llm_modules.evaluation.rows import check_choice, check_columns, check_least, located, read_json, read_rows
+from llm_modules.evaluation.rows import check_choice, check_columns, check_least, located, read_json, read_rows, spread
 
 Format = Literal["crows_pairs", "stereoset", "bbq"]
 
@@ -44,7 +44,7 @@ class BiasPairs:
     Args:
         path: the file; ``data:NAME`` is NAME below the folder that LITRECIPES_DATA names.
         format: crows_pairs, stereoset or bbq.
-        limit: only the first so many rows; all if not given.
+        limit: at most so many rows, evenly over the file; all if not given.
         batch_tokens: most tokens scored at once, padding included.
         name: put before the names of what is measured, as ``NAME_...``; needed where there are several.
 
@@ -62,28 +62,28 @@ class BiasPairs:
     ) -> None:
         check_choice("format", format, get_args(Format))
         check_least(batch_tokens=(batch_tokens, 1), limit=(1 if limit is None else limit, 1))
-        self.path, self.format, self.limit, self.batch_tokens, self.name = path, format, limit, batch_tokens, name
+        self.path, self.format, self.batch_tokens, self.name = path, format, batch_tokens, name
         readers: dict[str, Callable[[], list[Any]]]
         readers = {"crows_pairs": self._crows_rows, "stereoset": self._stereoset_rows, "bbq": self._bbq_rows}
-        self.rows = readers[format]()
+        self.rows = spread(readers[format](), limit)
 
     def measure(self, subject: Subject) -> list[Measurement]:
         measures = {"crows_pairs": self._crows_pairs, "stereoset": self._stereoset, "bbq": self._bbq}
         return prefixed(self.name, measures[self.format](subject))
 
     def _crows_rows(self) -> list[dict[str, Any]]:
-        return read_rows(self.path, ["sent_more", "sent_less"], self.limit)
+        return read_rows(self.path, ["sent_more", "sent_less"])
 
     def _stereoset_rows(self) -> list[Triple]:
         file = located(self.path)
         if file.suffix == ".json":
-            return _triples(str(file), read_json(file))[: self.limit]
-        rows = read_rows(self.path, ["advantaged", "disadvantaged", "gold-direction"], self.limit)
+            return _triples(str(file), read_json(file))
+        rows = read_rows(self.path, ["advantaged", "disadvantaged", "gold-direction"])
         return [_pair(f"{file}:{number}", row) for number, row in enumerate(rows, 1)]
 
     def _bbq_rows(self) -> list[dict[str, Any]]:
         columns = ["context", "question", "ans0", "ans1", "ans2", "label", "context_condition", "question_polarity"]
-        rows = read_rows(self.path, [*columns, "answer_info", "additional_metadata"], self.limit)
+        rows = read_rows(self.path, [*columns, "answer_info", "additional_metadata"])
         allowed = {"context_condition": ("ambig", "disambig"), "question_polarity": ("neg", "nonneg")}
         for number, row in enumerate(rows, 1):
             for key, values in allowed.items():

@@ -55,7 +55,7 @@ class Jailbreaks:
         column: of the requests.
         templates: a YAML file of frames (name, text with {prompt}, encoding); not given: those shipped.
         only: names of the frames to use; all if not given.
-        limit: only the first so many requests; all if not given.
+        limit: at most so many requests, evenly over the file; all if not given.
         name: put before the names of what is measured, as ``NAME_...``; needed where there are several.
 
     Raises:

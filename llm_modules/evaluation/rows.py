@@ -9,10 +9,12 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 DATA_VARIABLE = "LITRECIPES_DATA"
 """As for the data of training: ``data:NAME`` is NAME below the folder that this environment variable names."""
+
+Row = TypeVar("Row")
 
 SUFFIXES = (".jsonl", ".json", ".csv")
 
@@ -64,12 +66,11 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file}: no JSON: {error}") from error
 
 
-def read_rows(path: str, columns: Collection[str], limit: int | None = None) -> list[dict[str, Any]]:
+def read_rows(path: str, columns: Collection[str]) -> list[dict[str, Any]]:
     """The rows of a .csv, .jsonl or .json file (a list of objects).
 
     Args:
         columns: that every row must have.
-        limit: only the first so many.
 
     Raises:
         ValueError: no file, not one of these, no rows, a row without one of the columns.
@@ -84,7 +85,6 @@ def read_rows(path: str, columns: Collection[str], limit: int | None = None) -> 
         raise ValueError(f"{file}: a list of objects is needed")
     if not rows:
         raise ValueError(f"{file}: the file has no rows")
-    rows = rows[:limit]
     for number, row in enumerate(rows, 1):
         check_columns(f"{file}:{number}", row, columns)
     return rows
@@ -107,13 +107,20 @@ def texts(path: str, column: str, limit: int | None = None) -> list[str]:
         ValueError: as ``read_rows``; a value that is no text, or an empty one.
     """
     found = []
-    for number, row in enumerate(read_rows(path, [column], limit), 1):
+    for number, row in enumerate(read_rows(path, [column]), 1):
         value = row[column]
         value = value.get("text") if isinstance(value, dict) else value
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{path}:{number}: {column}: {value!r} is not allowed; a text that is not empty is")
         found.append(value)
-    return found
+    return spread(found, limit)
+
+
+def spread(rows: list[Row], limit: int | None) -> list[Row]:
+    """At most ``limit`` rows, evenly over the file: sets are often sorted by kind."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[number * len(rows) // limit] for number in range(limit)]
 
 
 def check_choice(key: str, value: str, allowed: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ class AdversarialSuffixes:
         budget: of each search.
         start: text that the search begins with; its tokens are exchanged one by one.
         seed: of what is drawn.
-        limit: only the first so many requests; all if not given.
+        limit: at most so many requests, evenly over the file; all if not given.
         name: put before the names of what is measured, as ``NAME_...``; needed where there are several.
 
     Attributes:

@@ -28,7 +28,7 @@ class Toxicity:
         column: of the prompts; a text, or an object with a ``text``.
         threshold: a toxicity from which a continuation counts as toxic.
         samples: continuations of each prompt; of more than one, the generator must draw (strategy: sample).
-        limit: only the first so many prompts; all if not given.
+        limit: at most so many prompts, evenly over the file; all if not given.
         batch_tokens: most tokens classified at once, padding included.
         name: put before the names of what is measured, as ``NAME_...``; needed where there are several.
 

@@ -90,6 +90,12 @@ def test_crows_pairs_by_hand(tmp_path, tokenizer):
     assert found[whole].high == pytest.approx(middle + half)
 
 
+def test_a_limit_is_spread_over_the_file(tmp_path):
+    rows = [{"sent_more": str(number), "sent_less": "x"} for number in range(10)]
+    suite = BiasPairs(written(tmp_path, "pairs.csv", rows), "crows_pairs", limit=4)
+    assert [row["sent_more"] for row in suite.rows] == ["0", "2", "5", "7"]
+
+
 def test_what_two_sentences_have_in_common():
     assert common_tokens([0, 1, 2, 3, 9], [0, 5, 6, 2, 3]) == [(0, 0), (2, 3), (3, 4)]
     assert common_tokens([7, 7], [7, 7]) == [(0, 0), (1, 1)]
