@@ -78,3 +78,8 @@ def mean(name: str, values: Sequence[float]) -> Measurement:
     value = math.fsum(values) / count
     half = Z * math.sqrt(math.fsum((v - value) ** 2 for v in values) / max(1, count - 1) / count)
     return Measurement(name, value, value - half, value + half, count)
+
+
+def prefixed(name: str, found: Sequence[Measurement]) -> list[Measurement]:
+    """Measurements of a suite with a name of its own: ``NAME_...``; as they are where it has none."""
+    return [m._replace(name=f"{name}_{m.name}") if name else m for m in found]
