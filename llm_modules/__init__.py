@@ -7,13 +7,14 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "DistillationModule": "distillation",
     "LanguageModelModule": "language_model",
     "LLMModule": "base",
     "PreferenceModule": "preference",
     "RewardModule": "reward",
 }
 
-__all__ = ["LLMModule", "LanguageModelModule", "PreferenceModule", "RewardModule"]
+__all__ = ["DistillationModule", "LLMModule", "LanguageModelModule", "PreferenceModule", "RewardModule"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llm_modules.data.datamodules import ConversationDataModule, TextDataModule
     from llm_modules.data.loading import EvaluationLoader, WindowLoader
     from llm_modules.data.preference_datamodule import PreferenceDataModule
+    from llm_modules.data.preprompts import PrepromptDataModule
     from llm_modules.data.sources import Source
     from llm_modules.data.token_datamodule import TokenDataModule
 
@@ -17,6 +18,7 @@ _HOME = {
     "ConversationDataModule": "datamodules",
     "TextDataModule": "datamodules",
     "PreferenceDataModule": "preference_datamodule",
+    "PrepromptDataModule": "preprompts",
     "TokenDataModule": "token_datamodule",
     "EvaluationLoader": "loading",
     "WindowLoader": "loading",
@@ -28,6 +30,7 @@ __all__ = [
     "ConversationDataModule",
     "EvaluationLoader",
     "PreferenceDataModule",
+    "PrepromptDataModule",
     "Source",
     "TextDataModule",
     "TokenDataModule",

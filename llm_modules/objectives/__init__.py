@@ -1,5 +1,6 @@
 """Floor 1: objectives, pure tensor mathematics plugged in by ``class_path``."""
 
+from llm_modules.objectives.distillation import DistillationObjective, ForwardKL, GeneralizedJSD, ReverseKL
 from llm_modules.objectives.language import LanguageObjective, NextToken
 from llm_modules.objectives.preference import APO, CPO, DPO, IPO, ORPO, SPPO, Hinge, PreferenceObjective, SimPO
 from llm_modules.objectives.reward import BradleyTerry, CostModel, RewardObjective
@@ -13,10 +14,14 @@ __all__ = [
     "SPPO",
     "BradleyTerry",
     "CostModel",
+    "DistillationObjective",
+    "ForwardKL",
+    "GeneralizedJSD",
     "Hinge",
     "LanguageObjective",
     "NextToken",
     "PreferenceObjective",
+    "ReverseKL",
     "RewardObjective",
     "SimPO",
 ]

@@ -1,0 +1,49 @@
+"""A frozen model beside the one that is trained: that one without its adapter, or a copy of what it began as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from llm_modules.zoo.adapter_config import keeps_base
+from llm_modules.zoo.causal_lm import CausalLM
+
+
+def needs_copy(model: CausalLM, wanted: str) -> bool:
+    """Whether a frozen copy has to be made, or the model without its adapter is what it was.
+
+    Args:
+        wanted: ``model.reference`` of the config: ``base``; ``auto``: the base where that can be had; else a copy.
+
+    Raises:
+        ValueError: ``base``, of a model that has none.
+    """
+    adapter = model.adapter
+    if adapter is not None and keeps_base(adapter.config):
+        return wanted not in ("auto", "base")
+    if wanted == "base":
+        why = "there is no adapter" if adapter is None else f"this {adapter.kind} changes the base that it is put into"
+        raise ValueError(f"model.reference: base, but {why}; allowed: copy, auto")
+    return True
+
+
+@contextmanager
+def as_reference(model: CausalLM, copy: CausalLM | None) -> Iterator[CausalLM]:
+    """Inside, the copy, or without one the model without its adapter: no dropout, and no gradient."""
+    asked = copy or model
+    training = asked.training
+    asked.eval()
+    try:
+        with torch.no_grad(), nullcontext() if copy else model.as_base():
+            yield asked
+    finally:
+        asked.train(training)
+
+
+def base_logits(model: CausalLM, hidden_CH: Tensor) -> Tensor:
+    """(C, V) fp32 logits of final hidden states under the model's head without its adapter."""
+    with model.as_base():
+        return model.logits(hidden_CH)
