@@ -176,8 +176,10 @@ def _single(row: Row, question: str) -> list[Message]:
             f"{row.origin}: no column {question if question not in columns else ' or '.join(ANSWERS)!r}; there are: "
             f"{', '.join(map(str, columns))}"
         )
-    if isinstance(columns[question], list):  # prompt and completion as lists of messages
-        whole = Row({"messages": [*columns[question], *_as_list(row, columns[answer], answer)]}, row.file, row.number)
+    if isinstance(columns[question], list):  # messages; the completion as messages or text
+        said = columns[answer]
+        said = [{"role": "assistant", "content": said}] if isinstance(said, str) else _as_list(row, said, answer)
+        whole = Row({"messages": [*columns[question], *said]}, row.file, row.number)
         return _turns(whole, "messages", "role", "content")
     asked = _string(row, columns[question], question)
     context = ""
