@@ -140,17 +140,22 @@ def make_answers(work: Path, teacher: Path, seed: int) -> tuple[Path, Path]:
     return files[0], files[1]
 
 
-def distil(way: str, work: Path, teacher: Path, answers: Path, held_out: Path, seed: int) -> tuple[float, float]:
-    """KL to the prompted teacher on held-out questions before and after."""
+def measure(student: Path, teacher: Path, answers: Path, held_out: Path, seed: int) -> float:
+    """KL(teacher with the preprompt || student without) a token, of the answers to held-out questions."""
+    from llm_modules import DistillationModule
+    from llm_modules.zoo import Backbone
+
+    module = DistillationModule(Backbone(source=str(student)), Backbone(source=str(teacher)), **settings(seed, 0.0))
+    data = data_of("preprompt", answers, held_out, seed, student.parent / "cache")
+    return float(trainer_of(1, seed).validate(module, datamodule=data, verbose=False)[0]["val/kl"])
+
+
+def distil(way: str, work: Path, answers: Path, held_out: Path, seed: int) -> float:
+    """The KL of ``measure`` after the teacher was taught to do without its preprompt."""
     from llm_modules import DistillationModule, LanguageModelModule
     from llm_modules.zoo import Backbone
 
-    def measured(student: Path) -> float:
-        module = DistillationModule(Backbone(source=str(student)), Backbone(source=str(teacher)), **settings(seed, 0.0))
-        data = data_of("preprompt", answers, held_out, seed, work / "cache")
-        return float(trainer_of(1, seed).validate(module, datamodule=data, verbose=False)[0]["val/kl"])
-
-    before = measured(teacher)
+    teacher = work / "teacher"
     adapter, rate = (LORA, 1e-2) if way == "lora" else (None, 1e-3)
     kind: Any = LanguageModelModule if way == "samples" else DistillationModule
     module = kind(Backbone(source=str(teacher), adapter=adapter), **settings(seed, rate))
@@ -158,9 +163,9 @@ def distil(way: str, work: Path, teacher: Path, answers: Path, held_out: Path, s
     trainer = trainer_of(STEPS, seed)
     trainer.fit(module, datamodule=data)
     if way != "samples":
-        return before, float(trainer.callback_metrics["val/kl"])
+        return float(trainer.callback_metrics["val/kl"])
     module.export(work / "student")
-    return before, measured(work / "student")
+    return measure(work / "student", teacher, answers, held_out, seed)
 
 
 def main() -> None:
@@ -176,10 +181,13 @@ def main() -> None:
         began = time.perf_counter()
         teacher = make_teacher(work, seed)
         answers, held_out = make_answers(work, teacher, seed)
-        print(f"seed {seed}: teacher and answers {time.perf_counter() - began:.0f} s", flush=True)
+        before = measure(teacher, teacher, answers, held_out, seed)
+        print(
+            f"seed {seed}: KL {before:.3f} before; teacher and answers {time.perf_counter() - began:.0f} s", flush=True
+        )
         for way in args.ways:
             began = time.perf_counter()
-            before, after = distil(way, work, teacher, answers, held_out, seed)
+            after = distil(way, work, answers, held_out, seed)
             closed[way].append(1 - after / before)
             took = time.perf_counter() - began
             print(

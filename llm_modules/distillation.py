@@ -70,7 +70,8 @@ class DistillationModule(LLMModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self.check(getattr(self._trainer, "datamodule", None), self._built_with()["precision"])
+        data = getattr(self._trainer, "datamodule", None)
+        self.check_before_training(data, self._built_with()["precision"])
         super().configure_model()
         assert self.model is not None
         if self.model.context is not None:
@@ -80,7 +81,7 @@ class DistillationModule(LLMModule):
             copy = frozen.build(sequence_length=self.sequence_length, **self._built_with())
             self._copy = (copy.requires_grad_(False).eval(),)
 
-    def check(self, data: Any, precision: str) -> None:
+    def check_before_training(self, data: Any, precision: str) -> None:
         """Find out before weights are loaded whether student, teacher and data go together.
 
         Args:

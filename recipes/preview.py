@@ -36,8 +36,8 @@ def check_before_training(cli: RecipeCLI, *, verbose: bool, full: bool) -> None:
         UserError, ValueError: what is fatal.
     """
     config = check_model(cli)
-    if hasattr(cli.model, "check"):  # what a module of ours knows of its data and of other models
-        cli.model.check(cli.datamodule, str(cli.trainer.precision))
+    if hasattr(cli.model, "check_before_training"):  # what goes over the model, its data and other models
+        cli.model.check_before_training(cli.datamodule, str(cli.trainer.precision))
     backbone: Any = getattr(cli.model, "backbone", None)
     if config is not None and backbone.quantization is not None and backbone.adapter is None:
         raise UserError(
