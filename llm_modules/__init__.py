@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "DistillationModule": "distillation",
     "LanguageModelModule": "language_model",
     "LLMModule": "base",
     "PolicyModule": "policy",
@@ -14,7 +15,14 @@ _MODULES = {
     "RewardModule": "reward",
 }
 
-__all__ = ["LLMModule", "LanguageModelModule", "PolicyModule", "PreferenceModule", "RewardModule"]
+__all__ = [
+    "DistillationModule",
+    "LLMModule",
+    "LanguageModelModule",
+    "PolicyModule",
+    "PreferenceModule",
+    "RewardModule",
+]
 
 
 def __getattr__(name: str) -> Any:

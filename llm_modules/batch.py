@@ -5,6 +5,7 @@ Shape legend: B rows, T positions, N = B * T positions, D documents, M trained p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
@@ -140,6 +141,22 @@ class PreferenceBatch(TokenBatch):
         return super().counts() | {"pairs": float(self.pairs), "tokens_chosen": chosen}
 
 
+@dataclass
+class TaughtBatch(TokenBatch):
+    """One micro-batch of a student whose teacher reads something else before the same answers.
+
+    Attributes:
+        teacher: what the teacher reads: the same documents (or rows) in the same order, with as many labels, which are
+            the same tokens.
+    """
+
+    teacher: TokenBatch | None = None
+
+    def apply(self, function: Any) -> TaughtBatch:
+        assert self.teacher is not None
+        return TaughtBatch(**vars(super().apply(function)) | {"teacher": self.teacher.apply(function)})
+
+
 class CountedBatch(Protocol):
     """What the windowed loader needs of a batch, whatever its step shape."""
 
@@ -171,6 +188,37 @@ class TokenScores(NamedTuple):
     mean_logprob: Tensor | None = None
     router_load: Tensor | None = None
     router_probability: Tensor | None = None
+
+
+class Teaching(NamedTuple):
+    """What a teacher has to say of M target tokens, before its head; no tensor here has a graph.
+
+    Attributes:
+        hidden: (M, H) its final hidden states at the predicting positions.
+        logits: from (C, H) of them to (C, V) fp32 logits; called inside the student's forward pass, where weights that
+            the two share are whole.
+        compare: from (C, V) log-probabilities of the student and of the teacher to (C,), which is differentiated.
+    """
+
+    hidden: Tensor
+    logits: Callable[[Tensor], Tensor]
+    compare: Callable[[Tensor, Tensor], Tensor]
+
+
+class TaughtScores(NamedTuple):
+    """What a student and its teacher say of M target tokens; all (M,) fp32.
+
+    Attributes:
+        logprobs: log p(target) of the student.
+        teacher_logprobs: that of the teacher.
+        divergence: what ``Teaching.compare`` makes of their distributions over the vocabulary.
+        kl: KL(teacher || student), without a graph.
+    """
+
+    logprobs: Tensor
+    teacher_logprobs: Tensor
+    divergence: Tensor
+    kl: Tensor
 
 
 class PairScores(NamedTuple):

@@ -9,7 +9,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llm_modules.base import LLMModule
-from llm_modules.batch import ObjectiveOutput, PreferenceBatch, TokenBatch, TokenScores
+from llm_modules.batch import ObjectiveOutput, PreferenceBatch, TaughtBatch, TokenBatch, TokenScores
 from llm_modules.generation import Generator
 from llm_modules.logprobs import next_token_targets
 from llm_modules.objectives.balance import LoadBalance
@@ -54,6 +54,8 @@ class LanguageModelModule(LLMModule):
                 "data: pairs of answers are for PreferenceModule and RewardModule; a language model learns from "
                 "ConversationDataModule or TextDataModule"
             )
+        if isinstance(batch, TaughtBatch):
+            raise ValueError("data: a preprompt is for DistillationModule; fine-tuning reads ConversationDataModule")
         scores = self.model(
             batch.input_ids,
             batch.position_ids,

@@ -5,13 +5,14 @@ Shape legend: B rows, T positions, M target tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_modules.batch import IGNORE_INDEX
+from llm_modules.batch import IGNORE_INDEX, TaughtScores
 
 DEFAULT_CHUNK = 1024
 """Targets scored at once: what bounds the memory. The weight's gradient is added up once a chunk."""
@@ -106,14 +107,39 @@ def linear_logprobs(
     Returns:
         logprobs (M,), and, with ``statistics``, logsumexp of the logits (M,) and mean log p over V (M,); all fp32.
     """
-    device = hidden_MH.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MH.dtype
+    dtype = _product_dtype(hidden_MH)
     # In fp16 a gradient made before the loss scale is applied would underflow.
     uniform = uniform and not statistics and dtype != torch.float16 and torch.is_grad_enabled()
     logprobs, log_normalizer, mean_logprob = _LinearLogprobs.apply(
         hidden_MH, weight_VH, bias_V, targets_M, transform, dtype, chunk, uniform
     )
     return (logprobs, log_normalizer, mean_logprob) if statistics else (logprobs, None, None)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def linear_logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """(C, V) fp32 logits of a linear head before the model's own transform, multiplied in autocast's dtype."""
+    dtype = _product_dtype(hidden_CH)
+    return _logits(hidden_CH.to(dtype), weight_VH.to(dtype), bias_V)
+
+
+def compared(
+    logits_CV: Tensor, teacher_logits_CV: Tensor, targets_C: Tensor, compare: Callable[[Tensor, Tensor], Tensor]
+) -> TaughtScores:
+    """What two models say of C target tokens, and how far their distributions are apart; logits in fp32.
+
+    Args:
+        compare: as of ``Teaching``.
+    """
+    student, teacher = logits_CV.log_softmax(-1), teacher_logits_CV.log_softmax(-1)
+    of_target, of_teacher = (values.gather(-1, targets_C[:, None]).squeeze(-1) for values in (student, teacher))
+    with torch.no_grad():
+        kl = (teacher.exp() * (teacher - student)).sum(-1)
+    return TaughtScores(of_target, of_teacher, compare(student, teacher), kl)
 
 
 class _LinearLogprobs(torch.autograd.Function):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +18,7 @@ from llm_modules.generation import Generator
 from llm_modules.logprobs import next_token_targets, sums_by_answer
 from llm_modules.objectives.preference import DPO, PreferenceObjective
 from llm_modules.zoo import Backbone, CausalLM
-from llm_modules.zoo.adapter_config import keeps_base
+from llm_modules.zoo.reference import as_reference, needs_copy
 from llm_modules.zoo.weights import weights_digest
 
 Reference = Literal["auto", "base", "copy", "cached"]
@@ -75,15 +74,7 @@ class PreferenceModule(LLMModule):
         assert self.model is not None
         if built or not self.objective.needs_reference:
             return
-        adapter = self.model.adapter
-        if self.reference == "base" and (adapter is None or not keeps_base(adapter.config)):
-            why = (
-                "there is no adapter"
-                if adapter is None
-                else f"this {adapter.kind} changes the base that it is put into"
-            )
-            raise ValueError(f"model.reference: base, but {why}; allowed: copy, auto")
-        if self.reference in ("copy", "cached") or adapter is None or not keeps_base(adapter.config):
+        if needs_copy(self.model, self.reference):
             copy = self.backbone.build(sequence_length=self.sequence_length, **self._built_with())
             self._copy = (copy.requires_grad_(False).eval(),)
 
@@ -176,17 +167,10 @@ class PreferenceModule(LLMModule):
         assert self._cached is not None
         return self._cached[batch.rows].flatten().to(self.device)
 
-    @torch.no_grad()
     def _reference_sums(self, batch: PreferenceBatch) -> Tensor:
         assert self.model is not None
-        model = self._copy[0] if self._copy else self.model
-        training = model.training
-        model.eval()
-        try:
-            with nullcontext() if self._copy else self.model.as_base():
-                return self._sums_of(model, batch)[0]
-        finally:
-            model.train(training)
+        with as_reference(self.model, self._copy[0] if self._copy else None) as reference:
+            return self._sums_of(reference, batch)[0]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of ``batch["prompts"]``, as rows of the predictions file."""

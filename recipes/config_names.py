@@ -10,7 +10,7 @@ from pathlib import Path
 from recipes.errors import UserError, nearest
 from recipes.yaml_tree import display
 
-STAGES = ("pretrain", "sft", "preference", "reward", "rl", "safety", "generate")
+STAGES = ("pretrain", "sft", "distillation", "preference", "reward", "rl", "safety", "generate")
 SUFFIXES = (".yaml", ".yml")
 
 

@@ -275,6 +275,8 @@ def _wanted_classes(options: list[Any]) -> list[type]:
 
 
 def _accepts(kind: Any, value: Any) -> bool:
+    if value is None and kind in (bool, int, float, str):
+        return False  # which jsonargparse says of a class's argument only
     parser = ArgumentParser(exit_on_error=False, add_help=False)
     try:
         parser.add_argument("--value", type=kind)

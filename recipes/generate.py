@@ -19,6 +19,7 @@ EPILOG = """examples:
   recipes generate -m FOLDER --prompt "What is a list?"          one answer on standard output
   recipes generate -m FOLDER --file in.jsonl --out out.jsonl     all rows; the same command goes on where it stopped
   recipes generate -m FOLDER --file in.jsonl --out out.jsonl --strategy sample --samples 8      for `recipes score`
+  recipes generate -m FOLDER --file in.jsonl --out out.jsonl --preprompt safety.txt      for context distillation
   recipes generate -m FOLDER -c generate/sample --temperature 0.5
   recipes generate -m BASE --adapter terse=runs/a --adapter kind=runs/b --use kind      two adapters in one base"""
 
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--overwrite", action="store_true", help="begin --out anew")
     what.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     what.add_argument("--system", metavar="TEXT", help="system message that stands before each conversation")
+    what.add_argument(
+        "--preprompt",
+        metavar="TEXT",
+        help="as --system, also above a row's own system message; a .txt file is read. The rows of --out are without "
+        "it: what is trained on them learns to answer as if it were there (context distillation)",
+    )
     several = parser.add_argument_group(
         "several adapters in one base (-m: the base, or the adapter `default` with its base)"
     )
@@ -113,10 +120,11 @@ def run(args: argparse.Namespace) -> int:
             return 0
     model, tokenizer = open_model(source, args.dtype, args.device, adapters)
     chat = bool(tokenizer.chat_template) and not args.raw
-    if args.system and not chat:
-        raise UserError("--system: needs a chat template, which this tokenizer has not (or --raw passes over)")
+    for flag in ("system", "preprompt"):
+        if getattr(args, flag) and not chat:
+            raise UserError(f"--{flag}: needs a chat template, which this tokenizer has not (or --raw passes over)")
     if args.file:
-        job.run(generator, model, tokenizer, chat, args.system)
+        job.run(generator, model, tokenizer, chat, args.system, args.preprompt)
     elif args.prompt is not None:
         answer(generator, model, tokenizer, as_prompt(args.prompt, chat, args.system))
     else:
@@ -149,7 +157,13 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--prompt and --file: one or the other")
     if bool(args.file) != bool(args.out):
         raise UserError("--file and --out go together: a file of prompts, and one for their answers")
-    for flag in ("column", "overwrite"):
+    if args.preprompt is not None:
+        from llm_modules.data.chat import preprompt_text
+
+        if args.system:
+            raise UserError("--system and --preprompt: one or the other")
+        args.preprompt = preprompt_text(args.preprompt, "--preprompt")
+    for flag in ("column", "overwrite", "preprompt"):
         if getattr(args, flag) and not args.file:
             raise UserError(f"--{flag}: goes with --file")
     if args.samples < 1 or (args.samples > 1 and not args.file):

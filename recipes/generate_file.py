@@ -110,6 +110,7 @@ class FileJob:
         """
         settings = {k: v for k, v in vars(generator).items() if k not in NOT_THE_ANSWER}
         settings |= {name: args[name] for name in ("raw", "system", "dtype")}
+        settings |= {} if args["preprompt"] is None else {"preprompt": args["preprompt"]}
         self.settings = digest([settings, *map(fingerprint, models)])
         if self.overwrite or not self.out.exists():
             return
@@ -143,8 +144,17 @@ class FileJob:
 
     # --- the work ---
 
-    def run(self, generator: Generator, model: Any, tokenizer: Any, chat: bool, system: str | None) -> None:
+    def run(
+        self,
+        generator: Generator,
+        model: Any,
+        tokenizer: Any,
+        chat: bool,
+        system: str | None,
+        preprompt: str | None = None,
+    ) -> None:
         """Generates what is missing."""
+        from llm_modules.data.chat import with_preprompt
         from recipes.generate import as_prompt, system_message
 
         prompts: list[Prompt] = []
@@ -157,6 +167,8 @@ class FileJob:
             else:
                 has_system = prompt[0]["role"] == "system"
                 prompts.append(prompt if has_system else [*system_message(system), *prompt])
+        if preprompt is not None:
+            prompts = [with_preprompt(prompt, preprompt) for prompt in prompts if not isinstance(prompt, str)]
         batches = generator.iterate(model, tokenizer, prompts, skip=frozenset(self.done))
         started = time.monotonic()
         first = next(batches)  # whatever is wrong with a prompt is said before the file is touched

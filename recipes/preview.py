@@ -36,6 +36,8 @@ def check_before_training(cli: RecipeCLI, *, verbose: bool, full: bool) -> None:
         UserError, ValueError: what is fatal.
     """
     config = check_model(cli)
+    if hasattr(cli.model, "check_before_training"):  # what goes over the model, its data and other models
+        cli.model.check_before_training(cli.datamodule, str(cli.trainer.precision))
     backbone: Any = getattr(cli.model, "backbone", None)
     if config is not None and backbone.quantization is not None and backbone.adapter is None:
         raise UserError(
@@ -86,20 +88,24 @@ def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
     backbone, length = getattr(cli.model, "backbone", None), getattr(cli.model, "sequence_length", 0)
     if backbone is None:
         return [f"model: {type(cli.model).__name__}"]
+    known = {
+        "vocabulary": len(cli.model.tokenizer),
+        "sequence_length": length,
+        "tokens": getattr(cli.datamodule, "micro_batch_tokens", getattr(cli.datamodule, "batch_size", 1) * length),
+        "precision": str(cli.trainer.precision),
+    }
     summary = backbone.summary(
-        vocabulary=len(cli.model.tokenizer),
-        sequence_length=length,
-        tokens=getattr(cli.datamodule, "micro_batch_tokens", getattr(cli.datamodule, "batch_size", 1) * length),
-        precision=str(cli.trainer.precision),
+        **known,
         optimizer=cli.model.optimizer_factory,
         trained_share=1.0 if report is None else report.trained_share,
         accumulate=cli.trainer.accumulate_grad_batches,
         device=cli.trainer.strategy.root_device.type,
         scalar=getattr(cli.model, "scalar", False),
     )
-    if copies := getattr(cli.model, "frozen_copies", 0):  # a reference, beside the trained model
-        memory = replace(summary.memory, weights=summary.memory.weights * (1 + copies))
-        summary = replace(summary, memory=memory)
+    weights = summary.memory.weights * (1 + getattr(cli.model, "frozen_copies", 0))  # a reference, beside the model
+    if (teacher := getattr(cli.model, "teacher", None)) is not None:
+        weights += teacher.summary(**known).memory.weights
+    summary = replace(summary, memory=replace(summary.memory, weights=weights))
     return [*str(summary).splitlines(), *slow_precision(cli.trainer)]
 
 

@@ -1,4 +1,4 @@
-"""`recipes score`: answers get a reward model's scores; kept are all, the best of n, pairs, or those above a score."""
+"""`recipes score`: answers get a reward model's scores; kept are all, the best, pairs, or those good enough."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ EPILOG = """examples:
   recipes score -m runs/reward/hh/0 --file answers.jsonl --out scores.jsonl               every answer, its score
   recipes score -m runs/reward/hh/0 --file answers.jsonl --out best.jsonl --keep best     of 8 the best, to fine-tune on
   recipes score -m runs/reward/hh/0 --file answers.jsonl --out pairs.jsonl --keep pairs   best and worst, for DPO
-  recipes score -m runs/reward/hh/0 --file answers.jsonl --out good.jsonl --keep above --above 1.0"""
+  recipes score -m runs/reward/hh/0 --file answers.jsonl --out good.jsonl --keep above --above 1.0
+  recipes score -m runs/reward/hh/0 --file answers.jsonl --out good.jsonl --keep better --over plain.jsonl
+      (answers under a preprompt, and without it: where to distil the context, as in Llama 2)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="JSONL", help="where the rows go; written whole")
     parser.add_argument(
         "--keep",
-        choices=("all", "best", "pairs", "above"),
+        choices=("all", "best", "pairs", "above", "better"),
         default="all",
         help="all: each row with its `score`; best: of the answers to a prompt, as `messages`; pairs: best and worst, "
-        "as `chosen` and `rejected`; above: all above --above, as `messages` (default: all)",
+        "as `chosen` and `rejected`; above: all above --above, as `messages`; better: all that score higher than every "
+        "answer to the same prompt in --over, as `messages` (default: all)",
     )
     parser.add_argument("--above", type=float, metavar="SCORE", help="goes with --keep above")
+    parser.add_argument("--over", type=Path, metavar="JSONL", help="goes with --keep better: rows as those of --file")
     parser.add_argument("--overwrite", action="store_true", help="write over --out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
 
@@ -58,15 +62,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if (args.above is None) == (args.keep == "above"):
         raise UserError("--above SCORE goes with --keep above, and the other way round")
-    if not args.file.is_file():
-        raise UserError(f"--file {args.file}: no such file")
+    if (args.over is None) == (args.keep == "better"):
+        raise UserError("--over FILE goes with --keep better, and the other way round")
+    for flag, file in (("--file", args.file), ("--over", args.over)):
+        if file is not None and not file.is_file():
+            raise UserError(f"{flag} {file}: no such file")
     if args.out.exists() and (not args.overwrite or args.out.samefile(args.file)):
         raise UserError(f"--out {args.out}: is there; name another file, or --overwrite (never --file itself)")
     rows, talks = read_rows(args.file)
+    others = read_rows(args.over, "--over") if args.over is not None else ([], [])
     folder = reward_folder(args.model)
-    scores = Scorer(folder, args.device)(talks, rows)
+    scores = Scorer(folder, args.device)([*talks, *others[1]], [*rows, *others[0]])
+    scores, scores_over = scores[: len(talks)], scores[len(talks) :]
     scored = [row | {"score": score} for (_, row), score in zip(rows, scores, strict=True)]
-    kept, passed = select(scored, talks, args.keep, args.above)
+    if args.over is None:
+        kept, passed = select(scored, talks, args.keep, args.above)
+    else:
+        kept, passed = better(scored, talks, best_scores(others[1], scores_over), args.over), 0
     write(args.out, kept)
     mean = sum(scores) / len(scores)
     print(
@@ -77,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_rows(file: Path) -> tuple[list[tuple[str, Row]], list[list[Message]]]:
+def read_rows(file: Path, flag: str = "--file") -> tuple[list[tuple[str, Row]], list[list[Message]]]:
     """(place, row) of each answer, and the conversation that it ends.
 
     Raises:
@@ -99,7 +111,7 @@ def read_rows(file: Path) -> tuple[list[tuple[str, Row]], list[list[Message]]]:
         rows.append((place, columns))
         talks.append([*prompt, {"role": "assistant", "content": answer}])
     if not rows:
-        raise UserError(f"--file {file}: the file is empty")
+        raise UserError(f"{flag} {file}: the file is empty")
     return rows, talks
 
 
@@ -198,7 +210,7 @@ def select(scored: list[Row], talks: list[list[Message]], keep: str, above: floa
                 if row["score"] > above], 0  # fmt: skip
     kept, passed = [], 0
     both = list(zip(scored, talks, strict=True))
-    for _, group in groupby(both, key=lambda item: json.dumps(item[1][:-1], sort_keys=True)):
+    for _, group in groupby(both, key=lambda item: prompt_key(item[1])):
         answers = sorted(group, key=lambda item: -item[0]["score"])  # the first of equals stays first
         (best, talk), (worst, other) = answers[0], answers[-1]
         same = best["score"] == worst["score"]
@@ -209,6 +221,40 @@ def select(scored: list[Row], talks: list[list[Message]], keep: str, above: floa
             texts = {"chosen": talk[-1]["content"], "rejected": other[-1]["content"]}
             kept.append({"messages": talk[:-1]} | texts | {"scores": [best["score"], worst["score"]]})
     return kept, passed
+
+
+def prompt_key(talk: list[Message]) -> str:
+    return json.dumps(talk[:-1], sort_keys=True)
+
+
+def best_scores(talks: list[list[Message]], scores: list[float]) -> dict[str, float]:
+    """Of each prompt that of its best answer."""
+    best: dict[str, float] = {}
+    for talk, score in zip(talks, scores, strict=True):
+        best[prompt_key(talk)] = max(score, best.get(prompt_key(talk), score))
+    return best
+
+
+def better(scored: list[Row], talks: list[list[Message]], over: dict[str, float], file: Path) -> list[Row]:
+    """The answers that score higher than the best other one to their prompt.
+
+    Raises:
+        UserError: there is no other one.
+    """
+    kept = []
+    for row, talk in zip(scored, talks, strict=True):
+        if (other := over.get(prompt_key(talk))) is None:
+            raise UserError(
+                f"--over {file}: no answer to the prompt {display_prompt(talk)}; it needs one to each prompt"
+            )
+        if row["score"] > other:
+            kept.append({"messages": talk, "score": row["score"], "over": other})
+    return kept
+
+
+def display_prompt(talk: list[Message]) -> str:
+    text = str(talk[-2]["content"])
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def write(out: Path, rows: Iterable[Row]) -> None:

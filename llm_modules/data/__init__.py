@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llm_modules.data.datamodules import ConversationDataModule, TextDataModule
     from llm_modules.data.loading import EvaluationLoader, WindowLoader
     from llm_modules.data.preference_datamodule import PreferenceDataModule
+    from llm_modules.data.preprompts import PrepromptDataModule
     from llm_modules.data.prompt_datamodule import PromptDataModule
     from llm_modules.data.sources import Source
     from llm_modules.data.token_datamodule import TokenDataModule
@@ -19,6 +20,7 @@ _HOME = {
     "TextDataModule": "datamodules",
     "PreferenceDataModule": "preference_datamodule",
     "PromptDataModule": "prompt_datamodule",
+    "PrepromptDataModule": "preprompts",
     "TokenDataModule": "token_datamodule",
     "EvaluationLoader": "loading",
     "WindowLoader": "loading",
@@ -30,6 +32,7 @@ __all__ = [
     "ConversationDataModule",
     "EvaluationLoader",
     "PreferenceDataModule",
+    "PrepromptDataModule",
     "PromptDataModule",
     "Source",
     "TextDataModule",

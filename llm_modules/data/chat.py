@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 from llm_modules.data.sources import Row
@@ -59,6 +60,31 @@ class Conversation:
 
     def _last(self) -> int:
         return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+
+
+def with_preprompt(messages: list[Message], preprompt: str) -> list[Message]:
+    """The messages under a system message: the preprompt, and below it what they had for one."""
+    own = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    system = {"role": "system", "content": f"{preprompt}\n\n{own}" if own else preprompt}
+    return [system, *messages[messages[0]["role"] == "system" :]]
+
+
+def preprompt_text(preprompt: str, key: str) -> str:
+    """A preprompt as the config has it: the text, or the name of a .txt file that holds it.
+
+    Args:
+        key: where it is set, for the message.
+
+    Raises:
+        ValueError: there is no such file, or nothing in it.
+    """
+    file = Path(preprompt).expanduser() if preprompt.endswith(".txt") and "\n" not in preprompt else None
+    if file is not None and not file.is_file():
+        raise ValueError(f"{key}: no file {preprompt!r} (what ends in .txt is the name of a file)")
+    text = preprompt.strip() if file is None else file.read_text(encoding="utf-8").strip()
+    if not text:
+        raise ValueError(f"{key}: {'empty' if file is None else f'{preprompt!r} is empty'}; a text is asked for")
+    return text
 
 
 def conversation(row: Row, chat_format: ChatFormat = "auto") -> Conversation:
@@ -150,8 +176,10 @@ def _single(row: Row, question: str) -> list[Message]:
             f"{row.origin}: no column {question if question not in columns else ' or '.join(ANSWERS)!r}; there are: "
             f"{', '.join(map(str, columns))}"
         )
-    if isinstance(columns[question], list):  # prompt and completion as lists of messages
-        whole = Row({"messages": [*columns[question], *_as_list(row, columns[answer], answer)]}, row.file, row.number)
+    if isinstance(columns[question], list):  # messages; the completion as messages or text
+        said = columns[answer]
+        said = [{"role": "assistant", "content": said}] if isinstance(said, str) else _as_list(row, said, answer)
+        whole = Row({"messages": [*columns[question], *said]}, row.file, row.number)
         return _turns(whole, "messages", "role", "content")
     asked = _string(row, columns[question], question)
     context = ""

@@ -135,6 +135,7 @@ def _code_fingerprint() -> str:
         "conversation_encoding.py",
         "preferences.py",
         "prompts.py",
+        "preprompts.py",
     ]
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()

@@ -1,6 +1,7 @@
 """Floor 1: objectives, pure tensor mathematics plugged in by ``class_path``."""
 
 from llm_modules.objectives.actor_critic import PPO, SafePPO
+from llm_modules.objectives.distillation import DistillationObjective, ForwardKL, GeneralizedJSD, ReverseKL
 from llm_modules.objectives.language import LanguageObjective, NextToken
 from llm_modules.objectives.policy import GRPO, RLOO, OnlineDPO, PolicyObjective, ReinforcePlusPlus
 from llm_modules.objectives.preference import APO, CPO, DPO, IPO, ORPO, SPPO, Hinge, PreferenceObjective, SimPO
@@ -18,6 +19,9 @@ __all__ = [
     "SPPO",
     "BradleyTerry",
     "CostModel",
+    "DistillationObjective",
+    "ForwardKL",
+    "GeneralizedJSD",
     "Hinge",
     "LanguageObjective",
     "NextToken",
@@ -25,6 +29,7 @@ __all__ = [
     "PolicyObjective",
     "PreferenceObjective",
     "ReinforcePlusPlus",
+    "ReverseKL",
     "RewardObjective",
     "SafePPO",
     "SimPO",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from llm_modules.objectives.policy import GRPO, PolicyObjective
 from llm_modules.policy.answers import VALIDATION, Group, Respondent
 from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batch
 from llm_modules.strategies.together import together
-from llm_modules.zoo import Backbone
-from llm_modules.zoo.reference import Reference, ReferenceKind
+from llm_modules.zoo import Backbone, CausalLM
+from llm_modules.zoo.reference import as_reference, needs_copy
+
+Reference = Literal["auto", "base", "copy"]
 
 
 class PolicyModule(LLMModule):
@@ -74,7 +76,7 @@ class PolicyModule(LLMModule):
         generator: Generator | None = None,
         critic: Backbone | None = None,
         cost_critic: Backbone | None = None,
-        reference: ReferenceKind = "auto",
+        reference: Reference = "auto",
         optimizer: Callable[[Iterable], Optimizer] = AdamW,
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         tokenizer: str = "builtin:bytes",
@@ -92,7 +94,8 @@ class PolicyModule(LLMModule):
         self.reference = reference
         self.critics = nn.ModuleList()
         self._check()
-        self._reference: Reference | None = None
+        # In a tuple, so that it is no submodule: neither trained, nor in a checkpoint.
+        self._copy: tuple[CausalLM, ...] = ()
         self._rollouts: Rollouts | None = None
         self._micro_batches: list[PolicyBatch] = []
         self._facts: dict[str, float] = {}
@@ -129,6 +132,8 @@ class PolicyModule(LLMModule):
             ),
         )
         problems += [problem for holds, problem in checks if holds]
+        if self.reference not in get_args(Reference):
+            problems.append(f"model.reference: {self.reference!r} is not one of {', '.join(get_args(Reference))}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -162,11 +167,10 @@ class PolicyModule(LLMModule):
         self.critics = nn.ModuleList(backbones[name].build(scalar=True, **built) for name in self.objective.critics)
         super().configure_model()
         assert self.model is not None
-        if self.objective.needs_reference:
-            self._reference = Reference(self.model, self.backbone, self.reference, **built)
-        for model in (self.model, self._reference and self._reference.copy):
-            if model is not None:
-                model.head.transform = replace(model.head.transform, temperature=self.temperature)
+        if self.objective.needs_reference and needs_copy(self.model, self.reference):
+            self._copy = (self.backbone.build(**built).requires_grad_(False).eval(),)
+        for model in (self.model, *self._copy):
+            model.head.transform = replace(model.head.transform, temperature=self.temperature)
         models: list[Any] = [self.model, *self.critics]
         apart = "padded" if any(model.packing_problem for model in models) else "packed"
         self._layout = apart if any(model.sharing_problem for model in models) else "shared"
@@ -213,8 +217,8 @@ class PolicyModule(LLMModule):
                 f"model.generator.max_new_tokens: {self.generator.max_new_tokens}, but a prompt of {data.longest} "
                 f"tokens leaves {room} of sequence_length {self.sequence_length}; lower it, or data.longest_prompt"
             )
-        if self._reference is not None:
-            self._reference.to(self.device)
+        for model in self._copy:
+            model.to(self.device)
         for reward in (*self._respondent.rewards, *self._respondent.costs):
             if hasattr(reward, "bind"):
                 reward.bind(self.tokenizer)
@@ -330,7 +334,7 @@ class PolicyModule(LLMModule):
             rollouts.old_logprobs = rollouts.sampled_logprobs
         elif self.updates > 1 or self.objective.reads_old_logprobs:
             asked["old_logprobs"] = lambda batch: self._logprobs(self.model, batch)
-        if self._reference is not None:
+        if self.objective.needs_reference:
             asked["reference_logprobs"] = self._reference_logprobs
         if self.critics:
             asked["values"] = self._values
@@ -359,8 +363,8 @@ class PolicyModule(LLMModule):
         return tensor.to(self.device)
 
     def _reference_logprobs(self, batch: PolicyBatch) -> Tensor:
-        assert self._reference is not None
-        with self._reference() as model:
+        assert self.model is not None
+        with as_reference(self.model, self._copy[0] if self._copy else None) as model:
             return self._logprobs(model, batch)
 
     # --- validation, checkpoints

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llm_modules.batch import IGNORE_INDEX, PreferenceBatch, TokenScores
-from llm_modules.logprobs import DEFAULT_CHUNK
+from llm_modules.batch import PreferenceBatch, TaughtScores, Teaching, TokenScores
+from llm_modules.logprobs import DEFAULT_CHUNK, linear_logits
 from llm_modules.zoo.activations import ActivationOffload
 from llm_modules.zoo.attention import NAME, training_layout
 from llm_modules.zoo.context_parallel import ContextParallel, Slice, check_context_parallel
 from llm_modules.zoo.description import describe
 from llm_modules.zoo.estimate import token_flops
-from llm_modules.zoo.head import HeadKind, ScoringHead, head_transform
+from llm_modules.zoo.head import HeadKind, ScoringHead, head_transform, predicted
 from llm_modules.zoo.routing import router_statistics, routing_of
 from llm_modules.zoo.trained_state import keep_trained_only
 
@@ -96,7 +96,9 @@ class CausalLM(nn.Module):
         key_offsets: Tensor | None = None,
         statistics: bool = False,
         uniform: bool = False,
-    ) -> TokenScores:
+        states: bool = False,
+        teaching: Teaching | None = None,
+    ) -> TokenScores | TaughtScores | Tensor:
         """Score the targets that are not ``IGNORE_INDEX``.
 
         Args:
@@ -109,11 +111,16 @@ class CausalLM(nn.Module):
             shared_keys, key_offsets: as of ``PreferenceBatch``, where ``sharing_problem`` is None.
             statistics: also return the log-normalizer and the mean log-probability.
             uniform: the caller will give every log-probability the same gradient (see ``linear_logprobs``).
+            states: return the (M, H) hidden states that the targets are predicted from, before the head: a teacher's.
+            teaching: a teacher to be compared with: return ``TaughtScores``.
 
         Raises:
             ValueError: ``document_offsets`` for a model whose attention does not keep documents apart; experts whose
                 routers were not seen.
         """
+        if states or teaching is not None:
+            assert self.context is None
+            return self._taught(Slice(input_ids, position_ids, targets, document_offsets), max_document, teaching)
         if self.context is None:
             part = Slice(input_ids, position_ids, targets, document_offsets)
             keys = {} if shared_keys is None else {"shared_keys": shared_keys, "cu_seq_lens_k": key_offsets}
@@ -137,9 +144,8 @@ class CausalLM(nn.Module):
         router: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.routing is not None and self._watches_router:
             router = router_statistics(outputs.router_logits, self.routing.top_k, lengths, part.input_ids.shape[1])
-        index = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
-        hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, index)
-        output, targets_M = self.hf.get_output_embeddings(), targets.flatten().index_select(0, index)
+        index, hidden_MH, targets_M = predicted(hidden_BTH, targets)
+        output = self.hf.get_output_embeddings()
         if self._head_is_adapted:
             logprobs, log_normalizer, mean_logprob = self.head.through(output, hidden_MH, targets_M, statistics)
             return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router)
@@ -152,6 +158,20 @@ class CausalLM(nn.Module):
             uniform=uniform,
         )
         return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router)
+
+    def _taught(self, part: Slice, max_document: int, teaching: Teaching | None) -> TaughtScores | Tensor:
+        hidden = self._decode(part.input_ids, part.position_ids, part.document_offsets, max_document).last_hidden_state
+        _, hidden_MH, targets_M = predicted(hidden, part.targets)
+        if teaching is None:
+            return hidden_MH
+        return self.head.taught(self.logits, hidden_MH, targets_M, teaching)
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        """(C, V) fp32 logits of final hidden states, after the model's own transform."""
+        output = self.hf.get_output_embeddings()
+        if self._head_is_adapted:
+            return self.head.transform(output(hidden_CH).float())
+        return self.head.transform(linear_logits(hidden_CH, output.weight, getattr(output, "bias", None)))
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, document_offsets: Tensor | None = None, max_document: int = 0

@@ -5,6 +5,7 @@ Shape legend: M trained positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,7 +15,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm_modules.logprobs import DEFAULT_CHUNK, HeadTransform, linear_logprobs
+from llm_modules.batch import IGNORE_INDEX, TaughtScores, Teaching
+from llm_modules.logprobs import DEFAULT_CHUNK, HeadTransform, compared, linear_logprobs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,6 +36,12 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
         if value is not None:
             scale *= 1 / value if inverse else value
     return HeadTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def predicted(hidden_BTH: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(M,) places of the targets' predicting positions, (M, H) the hidden states there, (M,) the targets."""
+    index = (targets_BT.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
+    return index, hidden_BTH.flatten(0, 1).index_select(0, index), targets_BT.flatten().index_select(0, index)
 
 
 def check_head_kind(kind: str, chunk: int) -> None:
@@ -112,6 +120,29 @@ class ScoringHead(nn.Module):
         scores = [checkpoint(scored, hidden, targets, use_reentrant=False) for hidden, targets in parts]
         logprobs, log_normalizer, mean = (torch.cat(column) for column in zip(*scores, strict=True))
         return (logprobs, log_normalizer, mean) if statistics else (logprobs, None, None)
+
+    def taught(
+        self, logits: Callable[[Tensor], Tensor], hidden_MH: Tensor, targets_M: Tensor, teaching: Teaching
+    ) -> TaughtScores:
+        """The targets under a student and its teacher; all the logits of both are never there at once.
+
+        Some targets at a time, whose logits are computed again in the backward pass.
+
+        Args:
+            logits: the student's, from hidden states, in fp32 and after its transform.
+            teaching: with the teacher's.
+        """
+
+        def scored(hidden: Tensor, teacher_hidden: Tensor, targets: Tensor) -> TaughtScores:
+            with torch.no_grad():
+                teacher = teaching.logits(teacher_hidden)
+            return compared(logits(hidden), teacher, targets, teaching.compare)
+
+        if self.kind == "plain":
+            return scored(hidden_MH, teaching.hidden, targets_M)
+        columns = (part.split(self.chunk) for part in (hidden_MH, teaching.hidden, targets_M))
+        scores = [checkpoint(scored, *parts, use_reentrant=False) for parts in zip(*columns, strict=True)]
+        return TaughtScores(*(torch.cat(column) for column in zip(*scores, strict=True)))
 
     def _plain(self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, statistics: bool) -> Any:
         logits = self.transform(nn.functional.linear(hidden, weight, bias).float())

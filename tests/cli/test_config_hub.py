@@ -43,6 +43,7 @@ KINDS = {
     "ConversationDataModule": CHAT,
     "PreferenceDataModule": PAIRS,
     "PromptDataModule": PROMPTS,
+    "PrepromptDataModule": CHAT,
 }
 
 
@@ -114,6 +115,8 @@ def test_two_steps(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(overlay))
     (tmp_path / "backbone.yaml").write_text(yaml.safe_dump(TINY))
     words = ["-c", str(path), "-c", "tiny.yaml", "--model.backbone", "backbone.yaml"]
+    if "teacher" in compose([str(path)]).values["model"]["init_args"]:
+        words += ["--model.teacher", "backbone.yaml"]
     assert main(["fit", *words]) == 0
     run = tmp_path / "runs" / config_name(path) / "0"
     assert len((run / "metrics.csv").read_text().splitlines()) == 3

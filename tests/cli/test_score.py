@@ -108,6 +108,38 @@ def test_what_is_kept_is_what_recipes_train_on() -> None:
     assert {pair.chosen, pair.rejected} == {"four", "five"}
 
 
+def test_where_to_distil_is_where_the_preprompt_gave_a_better_answer() -> None:
+    """Each answer against the best other one to its prompt, whatever their order and number."""
+    from llm_modules.data.chat import conversation
+    from llm_modules.data.sources import Row
+
+    assert sample() == 0
+    assert sample("--seed", "5", out="plain.jsonl") == 0
+    plain = rows("plain.jsonl")
+    Path("plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(plain[1:])))
+    assert score(out="scored.jsonl") == 0
+    assert score(out="others.jsonl", source="plain.jsonl") == 0
+    best: dict[str, float] = {}
+    for row in rows("others.jsonl"):
+        key = json.dumps(row["prompt"])
+        best[key] = max(best.get(key, row["score"]), row["score"])
+    expected = [row for row in rows("scored.jsonl") if row["score"] > best[json.dumps(row["prompt"])]]
+    assert 0 < len(expected) < 6
+    assert score("--keep", "better", "--over", "plain.jsonl") == 0
+    kept = rows("out.jsonl")
+    assert [row["messages"][-1]["content"] for row in kept] == [row["completion"] for row in expected]
+    assert [row["score"] for row in kept] == pytest.approx([row["score"] for row in expected], abs=1e-5)
+    assert conversation(Row(kept[0], "out.jsonl", 1)).messages[-1]["role"] == "assistant"
+
+
+def test_a_prompt_without_another_answer_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, prompt in (("answers.jsonl", "a"), ("plain.jsonl", "b")):
+        Path(name).write_text(json.dumps({"prompt": prompt, "completion": "c"}) + "\n")
+    assert score("--keep", "better", "--over", "plain.jsonl") == 2
+    assert "--over plain.jsonl: no answer to the prompt 'a'; it needs one to each prompt" in capsys.readouterr().err
+    assert not Path("out.jsonl").exists()
+
+
 def test_prompts_with_nothing_to_choose_between_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     Path("answers.jsonl").write_text((json.dumps({"prompt": "a", "completion": "b"}) + "\n") * 2)
     assert score("--keep", "pairs") == 0
@@ -127,6 +159,9 @@ def test_prompts_with_nothing_to_choose_between_are_counted(capsys: pytest.Captu
         ({"out": "prompts.jsonl"}, "--out prompts.jsonl: is there; name another file, or --overwrite"),
         ({"words": ["--keep", "above"]}, "--above SCORE goes with --keep above"),
         ({"words": ["--above", "1"]}, "--above SCORE goes with --keep above"),
+        ({"words": ["--keep", "better"]}, "--over FILE goes with --keep better"),
+        ({"words": ["--keep", "better", "--over", "none.jsonl"]}, "--over none.jsonl: no such file"),
+        ({"words": ["--keep", "better", "--over", "empty.jsonl"]}, "--over empty.jsonl: the file is empty"),
     ],
 )
 def test_mistakes_are_one_line(words: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:

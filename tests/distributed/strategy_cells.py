@@ -19,7 +19,8 @@ from lightning.pytorch import Callback, Trainer
 from callbacks import AtomicCheckpointIO, Throughput
 from callbacks.checkpoint_writer import CheckpointWriter
 from llm_modules.base import LLMModule
-from llm_modules.data import ConversationDataModule, PreferenceDataModule, TextDataModule
+from llm_modules.data import ConversationDataModule, PreferenceDataModule, PrepromptDataModule, TextDataModule
+from llm_modules.distillation import DistillationModule
 from llm_modules.language_model import LanguageModelModule
 from llm_modules.optimizers import MuonAdamW
 from llm_modules.preference import PreferenceModule
@@ -32,12 +33,14 @@ MODULES: dict[str, Any] = {
     "sft": LanguageModelModule,
     "preference": PreferenceModule,
     "reward": RewardModule,
+    "distillation": DistillationModule,
 }
 DATA: dict[str, Any] = {
     "pretrain": TextDataModule,
     "sft": ConversationDataModule,
     "preference": PreferenceDataModule,
     "reward": PreferenceDataModule,
+    "distillation": PrepromptDataModule,
 }
 ROWS_PER_STEP = 8
 STEPS = 5
@@ -134,6 +137,7 @@ def data_of(cell: dict[str, Any], batch_size: int) -> Any:
         seed=1,
         cache_dir=cell["cache"],
         **({} if kind is TextDataModule else {"chat_template": "chatml"}),
+        **cell.get("data", {}),
     )
 
 
