@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_modules.data.audit import AuditReport
     from llm_modules.data.datamodules import ConversationDataModule, TextDataModule
+    from llm_modules.data.labelled_datamodule import LabelledDataModule
     from llm_modules.data.loading import EvaluationLoader, WindowLoader
     from llm_modules.data.preference_datamodule import PreferenceDataModule
     from llm_modules.data.sources import Source
@@ -16,6 +17,7 @@ _HOME = {
     "AuditReport": "audit",
     "ConversationDataModule": "datamodules",
     "TextDataModule": "datamodules",
+    "LabelledDataModule": "labelled_datamodule",
     "PreferenceDataModule": "preference_datamodule",
     "TokenDataModule": "token_datamodule",
     "EvaluationLoader": "loading",
@@ -27,6 +29,7 @@ __all__ = [
     "AuditReport",
     "ConversationDataModule",
     "EvaluationLoader",
+    "LabelledDataModule",
     "PreferenceDataModule",
     "Source",
     "TextDataModule",

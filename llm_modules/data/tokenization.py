@@ -134,6 +134,7 @@ def _code_fingerprint() -> str:
         "masks.py",
         "conversation_encoding.py",
         "preferences.py",
+        "labelled.py",
     ]
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
