@@ -130,14 +130,14 @@ class LabelledCollator(Collator):
     def _mismatched(self, batch: Sequence[Indices]) -> TokenBatch:
         """Each row's prompt with the answer of the row beside it, cut to what a document may have."""
         rows = [np.array(self._prompt_and_answer(*row.tolist())) for row in batch]
-        made = super().__call__(rows)
+        made = replace(super().__call__(rows), rows=[int(row[0, 0]) for row in batch])
         if made.document_offsets is None:
             return made
         # Each part is a document of its own so far.
         prompts = [stop - start for (_, start, stop), _ in (row.tolist() for row in rows)]
         lengths = made.document_offsets.diff().numpy()
         made.position_ids += torch.from_numpy(np.repeat([n for prompt in prompts for n in (0, prompt)], lengths))
-        return replace(made, document_offsets=made.document_offsets[::2].contiguous(), rows=made.rows[::2])
+        return replace(made, document_offsets=made.document_offsets[::2].contiguous())
 
     def _prompt_and_answer(self, own: list[int], beside: list[int]) -> list[tuple[int, int, int]]:
         document, start, _ = own

@@ -71,8 +71,8 @@ class LabelledObjective:
     def __call__(self, scores: LabelledScores, point: Tensor | float) -> ObjectiveOutput:
         desirable, rewards = scores.desirable, self.rewards(scores)
         better = torch.where(desirable, rewards - point, point - rewards)
-        losses = torch.where(desirable, *self.weights).to(better) * self.losses(better)
         good, bad = desirable.double(), (~desirable).double()
+        losses = (self.weights[0] * good + self.weights[1] * bad) * self.losses(better)
         detached = rewards.detach()
         metrics = {
             "reward_desirable": (detached @ good, "desirable"),
