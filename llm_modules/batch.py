@@ -202,6 +202,7 @@ class TokenScores(NamedTuple):
         index: (M,) int64 places of the targets' *predicting* positions in the flattened (B * T) batch.
         log_normalizer: (M,) logsumexp of the logits (for z-loss), if asked for.
         mean_logprob: (M,) mean over the vocabulary of log p (for label smoothing), if asked for.
+        entropy: (M,) of the distributions, in nats, without a gradient, if asked for.
         router_load: (layers, experts) tokens that visited each expert, without a gradient; in training, of a mixture of
             experts whose routers are trained.
         router_probability: (experts,) the routers' probabilities, summed over positions and layers; likewise.
@@ -213,6 +214,7 @@ class TokenScores(NamedTuple):
     mean_logprob: Tensor | None = None
     router_load: Tensor | None = None
     router_probability: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 class PairScores(NamedTuple):
@@ -222,6 +224,7 @@ class PairScores(NamedTuple):
         chosen, rejected: (P,) log p(answer | prompt).
         chosen_tokens, rejected_tokens: (P,) tokens of the answers.
         reference_chosen, reference_rejected: (P,) the reference's, without a graph; None: there is none.
+        entropy: () of the model's distributions, in nats, summed over all answers' tokens; None: not asked for.
     """
 
     chosen: Tensor
@@ -230,6 +233,7 @@ class PairScores(NamedTuple):
     rejected_tokens: Tensor
     reference_chosen: Tensor | None = None
     reference_rejected: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 class LabelledScores(NamedTuple):
@@ -239,12 +243,14 @@ class LabelledScores(NamedTuple):
         logprobs, reference: (A,) log p(answer | prompt), the reference's without a graph.
         tokens: (A,) tokens of the answers.
         desirable: (A,) bool.
+        entropy: as of ``PairScores``.
     """
 
     logprobs: Tensor
     reference: Tensor
     tokens: Tensor
     desirable: Tensor
+    entropy: Tensor | None = None
 
 
 class RewardScores(NamedTuple):

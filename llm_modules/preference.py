@@ -50,6 +50,8 @@ class PreferenceModule(LLMModule):
             ``cached``: what such a copy says of all pairs, computed once before the first step and kept on disk beside
             the tokens (under the digest of its weights and config, so it is never another model's); ``auto``: the base
             where there is an adapter that leaves it as it is, else a copy.
+        log_entropy: log the entropy of the policy on the answers' tokens also in training, where it is one product with
+            the head more; in validation it always is.
         generator: how `predict` generates; None: greedy.
         tokenizer: folder, hub id or ``builtin:bytes`` (set once, at the top of the recipe).
         sequence_length: longest prompt with an answer in tokens (set once, at the top of the recipe).
@@ -63,6 +65,7 @@ class PreferenceModule(LLMModule):
         optimizer: Callable[[Iterable], Optimizer] = AdamW,
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         reference: Reference = "auto",
+        log_entropy: bool = False,
         generator: Generator | None = None,
         tokenizer: str = "builtin:bytes",
         sequence_length: int = 512,
@@ -78,6 +81,7 @@ class PreferenceModule(LLMModule):
                 "are others in each step; allowed: auto, base, copy"
             )
         self.reference = reference
+        self.log_entropy = log_entropy
         self.generator = generator or Generator()
         # In a tuple, so that it is no submodule: neither trained, nor spread, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
@@ -162,7 +166,7 @@ class PreferenceModule(LLMModule):
             moved = batch.apply(lambda tensor: tensor.to(self.device))
             moved = copy.computable(moved) if isinstance(moved, PreferenceBatch) else moved
             with self.trainer.precision_plugin.forward_context():
-                sums, _ = self._sums_of(copy, moved)
+                sums, *_ = self._sums_of(copy, moved)
             found[batch.rows] = sums.view(-1, width)
             done += len(batch.rows) * self.replicas[0]
             if self.trainer.is_global_zero and time.monotonic() - said > SAY_EVERY:
@@ -184,8 +188,8 @@ class PreferenceModule(LLMModule):
 
     def _pair_scores(self, batch: PreferenceBatch) -> PairScores:
         assert self.model is not None
-        sums, tokens = self._sums_of(self.model, batch)
-        scores = PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2])
+        sums, tokens, entropy = self._sums_of(self.model, batch, self.log_entropy or not batch.window)
+        scores = PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2], entropy=entropy)
         if self.objective.needs_reference:
             reference = self._reference_sums(batch)
             scores = scores._replace(reference_chosen=reference[::2], reference_rejected=reference[1::2])
@@ -206,8 +210,8 @@ class PreferenceModule(LLMModule):
 
     def _labelled_scores(self, batch: LabelledBatch) -> LabelledScores:
         assert self.model is not None
-        sums, tokens = self._sums_of(self.model, batch)
-        return LabelledScores(sums, self._reference_sums(batch), tokens, batch.desirable)
+        sums, tokens, entropy = self._sums_of(self.model, batch, self.log_entropy or not batch.window)
+        return LabelledScores(sums, self._reference_sums(batch), tokens, batch.desirable, entropy)
 
     def _point_of(self, objective: LabelledObjective, mismatched: Tensor) -> Tensor | float:
         """From (2,) log p - log p' of mismatched answers, summed over those of this rank, and their number."""
@@ -227,7 +231,7 @@ class PreferenceModule(LLMModule):
             assert self.model is not None
             for part in batch.mismatched:
                 with _still(self.model):
-                    own, _ = self._sums_of(self.model, part)
+                    own, *_ = self._sums_of(self.model, part)
                 found[0] += (own - self._reference_sums(part)).sum()
                 found[1] += len(part.rows)
         return found
@@ -240,8 +244,11 @@ class PreferenceModule(LLMModule):
         if last and objective.follows:
             objective.follow(self.sum_over_ranks(self._rewards))
 
-    def _sums_of(self, model: CausalLM, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """(A,) log p(answer | prompt), of pairs the chosen and the rejected in turn, and the answers' tokens."""
+    def _sums_of(
+        self, model: CausalLM, batch: TokenBatch, entropy: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(A,) log p(answer | prompt), of pairs the chosen and the rejected in turn, (A,) the answers' tokens, and ()
+        the entropy summed over all of them, if asked for."""
         keys, answers = {}, len(batch.rows)
         if isinstance(batch, PreferenceBatch):
             keys, answers = {"shared_keys": batch.shared_keys, "key_offsets": batch.key_offsets}, 2 * batch.pairs
@@ -252,9 +259,11 @@ class PreferenceModule(LLMModule):
             batch.document_offsets,
             batch.max_document,
             lengths=batch.lengths,
+            entropy=entropy,
             **keys,
         )
-        return sums_by_answer(scores.logprobs, batch.answer_of(scores.index), answers)
+        sums, tokens = sums_by_answer(scores.logprobs, batch.answer_of(scores.index), answers)
+        return sums, tokens, None if scores.entropy is None else scores.entropy.double().sum()
 
     def _reference_sums(self, batch: TokenBatch) -> Tensor:
         """(A,) as of ``_sums_of``."""

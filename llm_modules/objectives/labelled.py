@@ -85,6 +85,8 @@ class LabelledObjective:
             "reward_accuracy": ((better.detach() > 0).double().sum(), "answers"),
             "reward_point": (torch.as_tensor(point).to(detached) * len(detached), "answers"),
         }
+        if scores.entropy is not None:
+            metrics["entropy"] = (scores.entropy, "tokens")
         return ObjectiveOutput({"loss": Term(losses.sum(), "answers")}, metrics)
 
 

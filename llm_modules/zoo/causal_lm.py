@@ -96,6 +96,7 @@ class CausalLM(nn.Module):
         key_offsets: Tensor | None = None,
         statistics: bool = False,
         uniform: bool = False,
+        entropy: bool = False,
     ) -> TokenScores:
         """Score the targets that are not ``IGNORE_INDEX``.
 
@@ -109,6 +110,7 @@ class CausalLM(nn.Module):
             shared_keys, key_offsets: as of ``PreferenceBatch``, where ``sharing_problem`` is None.
             statistics: also return the log-normalizer and the mean log-probability.
             uniform: the caller will give every log-probability the same gradient (see ``linear_logprobs``).
+            entropy: also return the entropies.
 
         Raises:
             ValueError: ``document_offsets`` for a model whose attention does not keep documents apart; experts whose
@@ -117,10 +119,11 @@ class CausalLM(nn.Module):
         if self.context is None:
             part = Slice(input_ids, position_ids, targets, document_offsets)
             keys = {} if shared_keys is None else {"shared_keys": shared_keys, "cu_seq_lens_k": key_offsets}
-            return self._scores(part, max_document, statistics, uniform, lengths, keys)
+            return self._scores(part, max_document, statistics, uniform, lengths, keys, entropy=entropy)
         part = self.context.slice(input_ids, position_ids, targets, document_offsets)
         with self.context.own_random_numbers(input_ids.device) if self.training else nullcontext():
-            scores = self._scores(part, max_document or input_ids.shape[1], statistics, uniform, None)
+            longest = max_document or input_ids.shape[1]
+            scores = self._scores(part, longest, statistics, uniform, None, entropy=entropy)
         return self.context.share(scores, targets)
 
     def _scores(
@@ -131,6 +134,7 @@ class CausalLM(nn.Module):
         uniform: bool,
         lengths: Tensor | None,
         keys: dict[str, Any] | None = None,
+        entropy: bool = False,
     ) -> TokenScores:
         outputs = self._decode(part.input_ids, part.position_ids, part.document_offsets, max_document, keys)
         hidden_BTH, targets = outputs.last_hidden_state, part.targets
@@ -140,9 +144,10 @@ class CausalLM(nn.Module):
         index = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
         hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, index)
         output, targets_M = self.hf.get_output_embeddings(), targets.flatten().index_select(0, index)
+        measured = self.head.entropies(output, hidden_MH, self._head_is_adapted) if entropy else None
         if self._head_is_adapted:
             logprobs, log_normalizer, mean_logprob = self.head.through(output, hidden_MH, targets_M, statistics)
-            return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router)
+            return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router, measured)
         logprobs, log_normalizer, mean_logprob = self.head(
             hidden_MH,
             output.weight,
@@ -151,7 +156,7 @@ class CausalLM(nn.Module):
             statistics=statistics,
             uniform=uniform,
         )
-        return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router)
+        return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router, measured)
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, document_offsets: Tensor | None = None, max_document: int = 0

@@ -14,7 +14,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm_modules.logprobs import DEFAULT_CHUNK, HeadTransform, linear_logprobs
+from llm_modules.logprobs import DEFAULT_CHUNK, HeadTransform, entropies, linear_entropies, linear_logprobs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -111,6 +111,14 @@ class ScoringHead(nn.Module):
         scores = [checkpoint(scored, hidden, targets, use_reentrant=False) for hidden, targets in parts]
         logprobs, log_normalizer, mean = (torch.cat(column) for column in zip(*scores, strict=True))
         return (logprobs, log_normalizer, mean) if statistics else (logprobs, None, None)
+
+    @torch.no_grad()
+    def entropies(self, module: Any, hidden_MH: Tensor, adapted: bool) -> Tensor:
+        """(M,) as ``logprobs.linear_entropies``, under the head ``module``, which may be more than a weight."""
+        if not adapted:
+            bias = getattr(module, "bias", None)
+            return linear_entropies(hidden_MH, module.weight, bias, transform=self.transform, chunk=self.chunk)
+        return torch.cat([entropies(self.transform(module(part).float())) for part in hidden_MH.split(self.chunk)])
 
     def _plain(self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, statistics: bool) -> Any:
         logits = self.transform(nn.functional.linear(hidden, weight, bias).float())

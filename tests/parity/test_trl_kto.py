@@ -1,7 +1,7 @@
 """KTO's loss and gradient: those of TRL's KTOTrainer on the same weights, reference, answers and mismatched answers.
 
-TRL's side is in fp64, as in ``test_trl_preferences``. It pairs each prompt with the answer of the row before it, as rows
-come; so it is given the rows in the order of our step.
+TRL's side is in fp64, as in ``test_trl_preferences``. It pairs each prompt with the answer of the row before it, as
+rows come; so it is given the rows in the order of our step.
 """
 
 from __future__ import annotations

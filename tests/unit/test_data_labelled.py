@@ -184,7 +184,7 @@ def test_rows_without_an_answer_can_be_dropped_and_are_counted(tmp_path: Path) -
     assert "rows dropped that hold no answer: 3" in module.audit().lines
     with pytest.raises(ValueError, match=r"rows.jsonl:1: the answer is empty \(data.bad_rows is 'error'; allowed too"):
         data(tmp_path, rows)
-    with pytest.raises(ValueError, match="rows.jsonl:1: no label"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: no label"):
         data(tmp_path, [{"prompt": "a", "completion": "b"}], bad_rows="drop")
 
 

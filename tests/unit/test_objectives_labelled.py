@@ -74,7 +74,11 @@ def test_bco_by_hand() -> None:
         ((1.0, 1.0), (100, 100), None),
         ((1.0, 1.0), (133, 100), None),
         ((4.0, 1.0), (25, 75), None),
-        ((1.0, 1.0), (60, 40), "60 desirable answers of weight 1 against 40 undesirable ones of weight 1 are 1.50 to 1"),
+        (
+            (1.0, 1.0),
+            (60, 40),
+            "60 desirable answers of weight 1 against 40 undesirable ones of weight 1 are 1.50 to 1",
+        ),
         ((1.0, 1.0), (1000, 2000), "0.50 to 1; KTO's paper advises 1 to 1.33: desirable_weight from 2.00 to 2.67"),
     ],
 )
@@ -90,5 +94,5 @@ def test_the_balance_that_ktos_paper_advises(
 def test_mistakes(mistake: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"objective.{next(iter(mistake))}: "):
         KTO(**mistake)
-    with pytest.raises(ValueError, match="objective.decay: 1 is not in"):
+    with pytest.raises(ValueError, match=r"objective\.decay: 1 is not in"):
         BCO(decay=1)
