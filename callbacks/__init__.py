@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from callbacks.progress import RecipeProgress as RecipeProgress
     from callbacks.report import RunReport as RunReport
     from callbacks.samples import Samples as Samples
+    from callbacks.score_histogram import ScoreHistogram as ScoreHistogram
     from callbacks.spike_guard import SpikeGuard as SpikeGuard
     from callbacks.throughput import Throughput as Throughput
 
@@ -34,6 +35,7 @@ _MODULES = {
     "RecipeProgress": "progress",
     "RunReport": "report",
     "Samples": "samples",
+    "ScoreHistogram": "score_histogram",
     "SpikeGuard": "spike_guard",
     "StepCheckpoint": "checkpoint",
     "Throughput": "throughput",
@@ -50,6 +52,7 @@ __all__ = [
     "RecipeProgress",
     "RunReport",
     "Samples",
+    "ScoreHistogram",
     "SpikeGuard",
     "StepCheckpoint",
     "Throughput",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_pairs_and_the_base_under_an_adapter() -> None:
     words = ["-c", "adapters/lora", "--model.optimizer.lr", "2e-2"]
     assert main(["fit", "-c", "kto", *words]) == 0
     base = column(0, "train/loss")
-    assert base[-1] < 0.48
+    assert base[-1] < 0.49 < base[0]
     assert main(["fit", "-c", "kto", *words, "--model.reference", "copy"]) == 0
     assert column(1, "train/loss") == pytest.approx(base, abs=1e-6)
 
@@ -83,8 +84,12 @@ def test_the_gradient_does_not_depend_on_how_answers_are_cut(name: str) -> None:
 
 def test_weights_that_the_paper_advises_against_are_said(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "-c", "kto", "--model.objective.desirable_weight", "3", "--trainer.max_steps", "1"]) == 0
-    line = "desirable answers of weight 3 against 48 undesirable ones of weight 1 are 3.00 to 1; KTO's paper advises"
-    assert line in capfd.readouterr().err
+    pattern = (
+        r"(\d+) desirable answers of weight 3 against (\d+) undesirable ones of weight 1 are (\S+) to 1; KTO's paper"
+    )
+    found = re.search(pattern, capfd.readouterr().err)
+    assert found is not None
+    assert float(found[3]) == pytest.approx(3 * int(found[1]) / int(found[2]), abs=0.01)
 
 
 GOOD = {"prompt": "a", "completion": "b", "label": True}
@@ -122,5 +127,6 @@ def test_mistakes(
 
 def test_pairs_are_not_labelled_answers(capfd: pytest.CaptureFixture[str]) -> None:
     write([{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)])
-    assert main(["fit", "-c", "kto", "--data", "llm_modules.data.PreferenceDataModule"]) == 2
+    Path("kto.yaml").write_text(Path("kto.yaml").read_text().replace("LabelledDataModule", "PreferenceDataModule"))
+    assert main(["fit", "-c", "kto"]) == 2
     assert "KTO learns from labelled answers; use llm_modules.data.LabelledDataModule" in capfd.readouterr().err

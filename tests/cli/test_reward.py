@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -64,6 +65,15 @@ def test_it_learns_goes_on_exactly_and_leaves_a_classifier(capsys: pytest.Captur
     assert column(0, "val/accuracy")[-1] == 1.0
     assert column(0, "train/loss")[-1] < 0.5 * column(0, "train/loss")[0]
     assert 0 <= column(0, "val/calibration_error")[-1] <= 0.5
+    with Path("runs/reward/0/score_histogram.csv").open(newline="") as file:
+        bins = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert all(before["high"] == after["low"] for before, after in itertools.pairwise(bins))
+    for kind in ("chosen", "rejected"):
+        assert sum(row[kind] for row in bins) == 13  # the held-out pairs
+        middle = sum(row[kind] * (row["low"] + row["high"]) / 2 for row in bins) / 13
+        assert abs(middle - column(0, f"val/score_{kind}")[-1]) <= bins[0]["high"] - bins[0]["low"]
+    page = Path("runs/reward/0/report.html").read_text()
+    assert page.count('<rect class="bar k0"') == page.count('<rect class="bar k1"') == len(bins)
     curve = Path("runs/reward/0/metrics.csv").read_bytes()
     assert main(["validate", "-c", "reward", "--run", "0"]) == 0
     assert Path("runs/reward/0/metrics.csv").read_bytes() == curve  # what it says is no point of the run's curve
