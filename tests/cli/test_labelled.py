@@ -125,6 +125,13 @@ def test_mistakes(
     assert line in said[0]
 
 
+def test_a_language_model_learns_from_no_label(capfd: pytest.CaptureFixture[str]) -> None:
+    text = Path("kto.yaml").read_text().replace("PreferenceModule", "LanguageModelModule")
+    Path("kto.yaml").write_text(text.replace(f"    objective: {{class_path: {OBJECTIVES}KTO}}\n", ""))
+    assert main(["fit", "-c", "kto"]) == 2
+    assert "data: labelled answers are for PreferenceModule; a language model" in capfd.readouterr().err
+
+
 def test_pairs_are_not_labelled_answers(capfd: pytest.CaptureFixture[str]) -> None:
     write([{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)])
     Path("kto.yaml").write_text(Path("kto.yaml").read_text().replace("LabelledDataModule", "PreferenceDataModule"))

@@ -113,6 +113,35 @@ def test_its_parameters_are_counted_before_it_is_built(tied: bool, capsys: pytes
     assert int(said[1].replace(",", "")) == count
 
 
+def test_a_tokenizer_without_a_token_of_its_own_for_padding_scores_the_same() -> None:
+    """Padding is the end token: transformers, which looks for it to find a text's end, would stop short of that."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from llm_modules import RewardModule
+    from llm_modules.tokenizer import byte_tokenizer
+    from llm_modules.zoo import Backbone
+
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained("tokenizer")
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    module = RewardModule(Backbone(config=config | {"num_attention_heads": 2}), tokenizer="tokenizer")
+    module.configure_model()
+    assert module.model is not None
+    module.export("score")
+    classifier = AutoModelForSequenceClassification.from_pretrained("score")
+    text = AutoTokenizer.from_pretrained("score")("hi<|endoftext|>yes<|endoftext|>", return_tensors="pt")
+    ids = text["input_ids"]
+    positions, last = torch.arange(ids.shape[1])[None], torch.tensor([ids.shape[1] - 1])
+    with torch.no_grad():
+        expected = module.model(ids, positions, last)
+        assert torch.allclose(classifier(**text).logits.flatten(), expected, atol=1e-6)
+        with pytest.raises(ValueError, match="no padding token is defined"):  # several at once: refused, never wrong
+            classifier(ids.repeat(2, 1))
+        short = module.model(ids, positions, last - 1)
+    assert not torch.allclose(short, expected, atol=1e-3)
+
+
 def test_a_cost_model_is_above_zero_for_harm() -> None:
     assert main(["fit", "-c", "reward", "--model.objective", "llm_modules.objectives.CostModel"]) == 0
     assert column(0, "val/accuracy")[-1] == 1.0

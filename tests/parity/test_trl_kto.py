@@ -23,7 +23,9 @@ from tests.parity.test_trl_preferences import LENGTH, folder  # noqa: F401 - a f
 ANSWERS = 8
 POLICY, REFERENCE = "reference", "policy"
 """The folders the other way round, so that the reference point is above zero."""
-Found = tuple[float, float, dict[str, torch.Tensor]]
+NAMES = ("loss", "reward_point", "entropy")
+Found = tuple[list[float], dict[str, torch.Tensor]]
+"""The values of ``NAMES``, and the gradient."""
 
 
 class Keep(Callback):
@@ -62,6 +64,7 @@ def ours(folder: Path, objective: KTO, packing: str, accumulate: int) -> tuple[F
         tokenizer=str(folder / "policy"),
         sequence_length=LENGTH,
         reference="copy",
+        log_entropy=True,
     )
     module.configure_model()
     reference = Backbone(source=str(folder / REFERENCE))
@@ -89,8 +92,7 @@ def ours(folder: Path, objective: KTO, packing: str, accumulate: int) -> tuple[F
         callbacks=[kept],
     )
     trainer.fit(module, datamodule=data)
-    loss, point = (float(trainer.callback_metrics[f"train/{name}"]) for name in ("loss", "reward_point"))
-    return (loss, point, kept.gradients), kept.rows
+    return ([float(trainer.callback_metrics[f"train/{name}"]) for name in NAMES], kept.gradients), kept.rows
 
 
 def theirs(folder: Path, rows: list[dict[str, Any]], weights: tuple[float, float]) -> Found:  # noqa: F811
@@ -129,7 +131,8 @@ def theirs(folder: Path, rows: list[dict[str, Any]], weights: tuple[float, float
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-    return float(loss.detach()), 0.3 * trainer._metrics["eval"]["kl"][-1], gradients
+    point, entropy = (trainer._metrics["eval"][name][-1] for name in ("kl", "entropy"))
+    return [float(loss.detach()), 0.3 * point, entropy], gradients
 
 
 @pytest.mark.slow
@@ -139,12 +142,11 @@ def test_loss_and_gradient_are_those_of_trl(weights: tuple[float, float], folder
     rows = write_rows(folder / "labelled.jsonl")
     objective = KTO(0.3, *weights)
     first, order = ours(folder, objective, "batch", 1)
-    expected, point, gradients = theirs(folder, [rows[i] for i in order], weights)
-    assert point > 0.01  # it counts
+    expected, gradients = theirs(folder, [rows[i] for i in order], weights)
+    assert expected[1] > 0.01  # it counts
     again = [ours(folder, objective, packing, accumulate)[0] for packing, accumulate in (("none", 1), ("batch", 4))]
-    for loss, own_point, found in (first, *again):
-        assert loss == pytest.approx(expected, rel=1e-6, abs=1e-6)
-        assert own_point == pytest.approx(point, rel=1e-6, abs=1e-6)
+    for values, found in (first, *again):
+        assert values == pytest.approx(expected, rel=1e-6, abs=1e-6)
         assert found.keys() == gradients.keys()
         whole = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
         apart = torch.cat([(found[n].double() - gradients[n]).flatten() for n in gradients]).norm()
