@@ -83,7 +83,7 @@ class LabelledObjective:
             "tokens_undesirable": (scores.tokens @ bad, "undesirable"),
             "kl": ((scores.logprobs - scores.reference).detach().sum(), "tokens"),
             "reward_accuracy": ((better.detach() > 0).double().sum(), "answers"),
-            "reward_point": (torch.as_tensor(point).to(detached) * len(detached), "answers"),
+            "reward_point": ((torch.zeros_like(detached) + point).sum(), "answers"),
         }
         if scores.entropy is not None:
             metrics["entropy"] = (scores.entropy, "tokens")
@@ -91,10 +91,10 @@ class LabelledObjective:
 
 
 class KTO(LabelledObjective):
-    """Kahneman-Tversky optimization (arXiv 2402.01306, equations 7 and 8): for a desirable answer 1 - sigmoid(reward -
-    beta z), for another 1 - sigmoid(beta z - reward), where z is the mean of log p - log p' of answers to other prompts
-    of the batch, at least 0. The batch is the whole accumulation window, of all ranks; an answer is compared under the
-    prompt that comes after its own.
+    """Kahneman-Tversky optimization (arXiv 2402.01306, section 4): for a desirable answer 1 - sigmoid(reward - beta z),
+    for another 1 - sigmoid(beta z - reward), where z is the mean of log p - log p' of answers to other prompts of the
+    batch, at least 0. The batch is the whole accumulation window, of all ranks; an answer is compared under the prompt
+    that comes after its own.
 
     Args:
         beta: see ``LabelledObjective``.

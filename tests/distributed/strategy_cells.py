@@ -18,8 +18,9 @@ from lightning.pytorch import Callback, Trainer
 
 from callbacks import AtomicCheckpointIO, Throughput
 from callbacks.checkpoint_writer import CheckpointWriter
+from llm_modules import objectives
 from llm_modules.base import LLMModule
-from llm_modules.data import ConversationDataModule, PreferenceDataModule, TextDataModule
+from llm_modules.data import ConversationDataModule, LabelledDataModule, PreferenceDataModule, TextDataModule
 from llm_modules.language_model import LanguageModelModule
 from llm_modules.optimizers import MuonAdamW
 from llm_modules.preference import PreferenceModule
@@ -31,12 +32,14 @@ MODULES: dict[str, Any] = {
     "pretrain": LanguageModelModule,
     "sft": LanguageModelModule,
     "preference": PreferenceModule,
+    "labelled": PreferenceModule,
     "reward": RewardModule,
 }
 DATA: dict[str, Any] = {
     "pretrain": TextDataModule,
     "sft": ConversationDataModule,
     "preference": PreferenceDataModule,
+    "labelled": LabelledDataModule,
     "reward": PreferenceDataModule,
 }
 ROWS_PER_STEP = 8
@@ -150,6 +153,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         optimizer=OPTIMIZERS[cell.get("optimizer", "adamw")],
         sequence_length=128,
         seed=1,
+        **({"objective": getattr(objectives, cell["objective"])()} if "objective" in cell else {}),
     )
     data = data_of(cell, ROWS_PER_STEP // (accumulate * max(1, world // sharing)))
     record = Record()

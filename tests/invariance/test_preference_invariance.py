@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from llm_modules import LLMModule, PreferenceModule, RewardModule
+from llm_modules.batch import LabelledBatch
 from llm_modules.data import LabelledDataModule, PreferenceDataModule
 from llm_modules.objectives import BCO, CPO, DPO, KTO, ORPO, BradleyTerry, LabelledObjective, RewardObjective, SimPO
 from llm_modules.zoo import Backbone
@@ -133,6 +134,25 @@ def objective(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_one_process(objective: dict[str, Any], name: str) -> None:
     for found, expected in zip(run(objective | REFERENCE | VARIANTS[name])[0], objective["expected"], strict=True):
         assert_same_gradient(found, expected)
+
+
+def test_the_bound_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KTO with a reference point of each micro-batch, as others have it, is far outside of the bounds."""
+    settings = {"objective": "KTO", "path": str(write_pairs(tmp_path)), "cache": str(tmp_path / "cache")} | REFERENCE
+    expected = run(settings)[0][0]
+    whole = PreferenceModule._labelled_step
+
+    def alone(module: PreferenceModule, objective: Any, batch: Any) -> Any:
+        module._point = module._point_of(objective, module._mismatched(objective, batch))
+        return whole(module, objective, batch)
+
+    monkeypatch.setattr(LabelledBatch, "look_ahead", lambda batch, window: None)
+    monkeypatch.setattr(PreferenceModule, "_labelled_step", alone)
+    naive = run(settings | {"batch_size": 2, "accumulate": 4})[0][0]
+    difference = torch.cat([(naive[name] - expected[name]).flatten() for name in expected]).norm()
+    print(f"whole gradient {difference / torch.cat([want.flatten() for want in expected.values()]).norm():.1e}")
+    with pytest.raises(AssertionError):
+        assert_same_gradient(naive, expected)
 
 
 @pytest.mark.slow
