@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from callbacks.report import RunReport as RunReport
     from callbacks.safety import SafetyEvaluation as SafetyEvaluation
     from callbacks.samples import Samples as Samples
+    from callbacks.score_histogram import ScoreHistogram as ScoreHistogram
     from callbacks.spike_guard import SpikeGuard as SpikeGuard
     from callbacks.throughput import Throughput as Throughput
 
@@ -36,6 +37,7 @@ _MODULES = {
     "RunReport": "report",
     "SafetyEvaluation": "safety",
     "Samples": "samples",
+    "ScoreHistogram": "score_histogram",
     "SpikeGuard": "spike_guard",
     "StepCheckpoint": "checkpoint",
     "Throughput": "throughput",
@@ -53,6 +55,7 @@ __all__ = [
     "RunReport",
     "SafetyEvaluation",
     "Samples",
+    "ScoreHistogram",
     "SpikeGuard",
     "StepCheckpoint",
     "Throughput",

@@ -29,6 +29,7 @@ class RunData:
         status: finished, running, stopped, failed, or unfinished.
         columns: name -> a value (or None) for each logged step; ``step`` counts the row's own step, ``elapsed`` is in
             seconds of training without the time between a kill and the resume.
+        histogram: (low, high, chosen, rejected) of each bin of the held-out answers' scores.
         samples, audit, safety, environment, config: contents of the run's files, empty where there is none.
         problems: files that could not be read, a line each.
     """
@@ -36,6 +37,7 @@ class RunData:
     name: str
     status: str
     columns: dict[str, list[float | None]] = field(default_factory=dict)
+    histogram: list[tuple[float, ...]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     audit: dict[str, Any] = field(default_factory=dict)
     safety: Table = field(default_factory=dict)
@@ -71,6 +73,7 @@ def read_run(folder: Path, name: str | None = None, status: str | None = None) -
     run.problems += audit_problems
     run.safety = read_safety(folder / FILE_NAME, run.problems)
     run.samples = _samples(folder / "samples.jsonl", run.problems)
+    run.histogram = _histogram(folder / "score_histogram.csv", run.problems)
     config = folder / "config.yaml"
     run.config = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
     return run
@@ -143,6 +146,16 @@ def _json(path: Path) -> tuple[dict[str, Any], list[str]]:
     except ValueError as error:
         return {}, [f"{path.name}: cannot be read: {error}"]
     return (content, []) if isinstance(content, dict) else ({}, [f"{path.name}: not an object"])
+
+
+def _histogram(path: Path, problems: list[str]) -> list[tuple[float, ...]]:
+    if not path.exists():
+        return []
+    found = [tuple(map(_number, line.split(","))) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    whole = [row for row in found if len(row) == 4 and None not in row]
+    if len(whole) < len(found):
+        problems.append(f"{path.name}: {len(found) - len(whole)} rows that are not four numbers were left out")
+    return whole  # type: ignore[return-value]
 
 
 def _samples(path: Path, problems: list[str]) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ def render(runs: list[RunData]) -> str:
         _summary(runs),
         '<section id="charts"><noscript><p class="note">The curves need JavaScript.</p></noscript></section>',
         safety_section(runs),
+        *(_histogram(run, len(runs) > 1) for run in runs),
         _samples(runs),
         *_audits(runs),
         _differences(runs),
@@ -135,6 +136,28 @@ def _chip(run: RunData) -> str:
 
 def _problems(run: RunData) -> str:
     return "".join(f'<p class="problem">{escape(run.name)}: {escape(text)}</p>' for text in run.problems)
+
+
+def _histogram(run: RunData, several: bool) -> str:
+    """The held-out answers' scores, the chosen and the rejected as bars side by side."""
+    if not run.histogram:
+        return ""
+    most = max(max(row[2:]) for row in run.histogram) or 1.0
+    width, height, bars = 20 * len(run.histogram), 120, []
+    for place, (low, high, *counts) in enumerate(run.histogram):
+        for kind, (name, count) in enumerate(zip(("chosen", "rejected"), counts, strict=True)):
+            size = height * count / most
+            bars.append(
+                f'<rect class="bar k{kind}" x="{20 * place + 10 * kind}" y="{height - size:.1f}" width="9" '
+                f'height="{size:.1f}"><title>{name}, {low:.3g} to {high:.3g}: {count:,.0f}</title></rect>'
+            )
+    ends = f"from {run.histogram[0][0]:.3g} to {run.histogram[-1][1]:.3g}"
+    legend = '<span class="k0 key">■</span> chosen <span class="k1 key">■</span> rejected'
+    return (
+        f'<section id="scores"><h2>Scores of held-out answers{_of(run.name, several)}</h2><p class="note">{legend}, '
+        f'{ends}</p><div class="chart"><svg viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="Scores of held-out answers">{"".join(bars)}</svg></div></section>'
+    )
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

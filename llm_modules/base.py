@@ -13,7 +13,7 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llm_modules import optimizers
-from llm_modules.batch import CountedBatch, ObjectiveOutput
+from llm_modules.batch import MAY_LACK, CountedBatch, ObjectiveOutput
 from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
 from llm_modules.schedules import RunSchedule
@@ -140,9 +140,9 @@ class LLMModule(LightningModule):
         schedule = self.schedule_factory(optimizer)
         if isinstance(schedule, RunSchedule):
             schedule.bind(self.run_steps())
-        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        plateau = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        when = {"monitor": "val/loss"} if plateau else {"interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **when}}
 
     def run_steps(self) -> int:
         """The run's length in optimizer steps. (Lightning's own estimate would lose the loader's place on resume.)
@@ -209,17 +209,17 @@ class LLMModule(LightningModule):
         return dealt["num_replicas"], dealt["rank"]
 
     def global_counts(self, batch: CountedBatch) -> dict[str, Tensor]:
-        """The window's denominators over all ranks; each at least 1, so that an empty window has a zero gradient."""
+        """The window's denominators over all ranks; those of losses at least 1: an empty window has a zero gradient."""
         names = sorted(batch.window)
         if not names:
             raise ValueError("data: training batches carry no window counts; use a loader of llm_modules.data")
         for name in names:
-            if batch.window[name] == 0:
-                warnings.warn(
-                    f"step {self.global_step}, rank {self.global_rank}: no {name} to learn from", stacklevel=2
-                )
+            if batch.window[name] == 0 and name not in MAY_LACK:
+                where = f"step {self.global_step}, rank {self.global_rank}"
+                warnings.warn(f"{where}: no {name} to learn from", stacklevel=2)
         counts = torch.tensor([batch.window[name] for name in names], dtype=torch.float32, device=self.device)
-        return dict(zip(names, self.sum_over_ranks(counts).clamp(min=1), strict=True))
+        least = counts.new_tensor([name not in MAY_LACK for name in names])
+        return dict(zip(names, self.sum_over_ranks(counts).maximum(least), strict=True))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -253,9 +253,8 @@ class LLMModule(LightningModule):
         self._tokens_seen = self._tokens_seen + totals.pop("|tokens_seen")  # stays on the device: no wait for it
         values = {key.split("|")[0]: value / self._window[key.split("|")[1]] for key, value in totals.items()}
         self.log_dict({f"train/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
-        rate = self.trainer.strategy.optimizers[0].param_groups[0]["lr"]
-        self.log("lr", self._exact(rate), on_step=True, on_epoch=False)
-        self.log("tokens_seen", self._tokens_seen, on_step=True, on_epoch=False)
+        rate = self._exact(self.trainer.strategy.optimizers[0].param_groups[0]["lr"])
+        self.log_dict({"lr": rate, "tokens_seen": self._tokens_seen}, on_step=True, on_epoch=False)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Steps, and frees the gradients at once: Lightning would keep them until the next backward pass, beside all
@@ -272,10 +271,7 @@ class LLMModule(LightningModule):
             self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clips, and logs the norm of the gradient before it (that a callback may have computed just now)."""
         norm, self.gradient_norm = self.gradient_norm, None
@@ -305,11 +301,13 @@ class LLMModule(LightningModule):
         self._log_evaluation("test")
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        output = self.objective_step(batch)
+        self._add_evaluation(stage, self.objective_step(batch), batch.counts())
+
+    def _add_evaluation(self, stage: str, output: ObjectiveOutput, found: Mapping[str, float]) -> None:
         sums = self._validation.setdefault(stage, {})
         parts = {f"{name}|{t.count}|{t.weight}": t.sum for name, t in output.terms.items()}
         parts |= {f"{name}|{count}|0": value for name, (value, count) in output.metrics.items()}
-        parts |= {f"|{n}|count": self._exact(value) for n, value in batch.counts().items()}
+        parts |= {f"|{n}|count": self._exact(value) for n, value in found.items()}
         for name, value in parts.items():
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.double()
 
@@ -323,7 +321,7 @@ class LLMModule(LightningModule):
         counts = {name.split("|")[1]: total for name, total in totals.items() if name.endswith("|count")}
         for key, total in totals.items():
             name, count, _ = key.split("|")
-            if not name:
+            if not name or (counts[count] == 0 and count in MAY_LACK):
                 continue
             if counts[count] == 0:
                 raise ValueError(f"data: the {stage} rows hold no {count} to measure; see `recipes show NAME --data`")

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 IGNORE_INDEX = -100
 """A label that is not trained: the value that torch's and transformers' cross-entropy skip."""
+
+MAY_LACK = ("desirable", "undesirable")
+"""Counts of which a window, or what is held out, may hold none: then nothing is logged of them."""
 
 
 @dataclass
@@ -64,6 +67,15 @@ class TokenBatch:
 
         tokens = (next_token_targets(self.labels, self.position_ids) != IGNORE_INDEX).sum()
         return {"tokens": float(tokens), "positions": float(self.tokens()[1])}
+
+    def answer_of(self, index: Tensor) -> Tensor:
+        """(M,) the document, or padded row, that each place of the flattened batch belongs to."""
+        if self.document_offsets is None:
+            return index // self.input_ids.shape[1]
+        return torch.bucketize(index, self.document_offsets[1:].to(index.dtype), right=True)
+
+    def look_ahead(self, window: Sequence[Any]) -> None:
+        """Takes what the first micro-batch of a window must know of all of them (set by the loader); here nothing."""
 
     def tokens(self) -> tuple[int, int]:
         """(positions computed, positions that are not padding)."""
@@ -114,9 +126,7 @@ class PreferenceBatch(TokenBatch):
 
     def answer_of(self, index: Tensor) -> Tensor:
         """(M,) the answer, of 2P, that each labelled place of the flattened batch belongs to."""
-        if self.document_offsets is None:
-            return index // self.input_ids.shape[1]
-        document = torch.bucketize(index, self.document_offsets[1:].to(index.dtype), right=True)
+        document = super().answer_of(index)
         return document if self.shared_keys is None else document // 3 * 2 + document % 3 - 1
 
     def apart(self) -> PreferenceBatch:
@@ -157,6 +167,36 @@ class TaughtBatch(TokenBatch):
         return TaughtBatch(**vars(super().apply(function)) | {"teacher": self.teacher.apply(function)})
 
 
+@dataclass
+class LabelledBatch(TokenBatch):
+    """One micro-batch of answers that were judged each by itself: every document (or padded row) is a prompt with its
+    answer; the labels are those of the answer. ``rows`` has one for each.
+
+    Attributes:
+        desirable: (A,) bool what was judged.
+        mismatched: the same prompts, each with the answer of the row before its own in the accumulation window (of all
+            ranks; the first row's is the last one's): so what is paired does not depend on how the window is cut. The
+            loader gives a window's first micro-batch those of all of them; without a loader each has its own.
+    """
+
+    desirable: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    mismatched: list[TokenBatch] = field(default_factory=list)
+
+    @property
+    def answers(self) -> int:
+        return len(self.desirable)
+
+    def look_ahead(self, window: Sequence[LabelledBatch]) -> None:
+        mismatched = [part for batch in window for part in batch.mismatched]
+        for batch in window:
+            batch.mismatched = mismatched if batch is self else []
+
+    def counts(self) -> dict[str, float]:
+        desirable = float(self.desirable.sum())
+        own = {"answers": float(self.answers), "desirable": desirable, "undesirable": self.answers - desirable}
+        return super().counts() | own
+
+
 class CountedBatch(Protocol):
     """What the windowed loader needs of a batch, whatever its step shape."""
 
@@ -164,6 +204,8 @@ class CountedBatch(Protocol):
     micro_step: int
 
     def counts(self) -> Mapping[str, float]: ...
+
+    def look_ahead(self, window: Sequence[Any]) -> None: ...
 
 
 class TokenScores(NamedTuple):
@@ -177,6 +219,7 @@ class TokenScores(NamedTuple):
         index: (M,) int64 places of the targets' *predicting* positions in the flattened (B * T) batch.
         log_normalizer: (M,) logsumexp of the logits (for z-loss), if asked for.
         mean_logprob: (M,) mean over the vocabulary of log p (for label smoothing), if asked for.
+        entropy: (M,) of the distributions, in nats, without a gradient, if asked for.
         router_load: (layers, experts) tokens that visited each expert, without a gradient; in training, of a mixture of
             experts whose routers are trained.
         router_probability: (experts,) the routers' probabilities, summed over positions and layers; likewise.
@@ -188,6 +231,7 @@ class TokenScores(NamedTuple):
     mean_logprob: Tensor | None = None
     router_load: Tensor | None = None
     router_probability: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 class Teaching(NamedTuple):
@@ -228,6 +272,7 @@ class PairScores(NamedTuple):
         chosen, rejected: (P,) log p(answer | prompt).
         chosen_tokens, rejected_tokens: (P,) tokens of the answers.
         reference_chosen, reference_rejected: (P,) the reference's, without a graph; None: there is none.
+        entropy: () of the model's distributions, in nats, summed over all answers' tokens; None: not asked for.
     """
 
     chosen: Tensor
@@ -236,6 +281,24 @@ class PairScores(NamedTuple):
     rejected_tokens: Tensor
     reference_chosen: Tensor | None = None
     reference_rejected: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class LabelledScores(NamedTuple):
+    """What a model and a reference say of A answers; in fp64, summed over tokens.
+
+    Attributes:
+        logprobs, reference: (A,) log p(answer | prompt), the reference's without a graph.
+        tokens: (A,) tokens of the answers.
+        desirable: (A,) bool.
+        entropy: as of ``PairScores``.
+    """
+
+    logprobs: Tensor
+    reference: Tensor
+    tokens: Tensor
+    desirable: Tensor
+    entropy: Tensor | None = None
 
 
 class RewardScores(NamedTuple):

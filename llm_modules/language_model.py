@@ -9,7 +9,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llm_modules.base import LLMModule
-from llm_modules.batch import ObjectiveOutput, PreferenceBatch, TaughtBatch, TokenBatch, TokenScores
+from llm_modules.batch import LabelledBatch, ObjectiveOutput, PreferenceBatch, TaughtBatch, TokenBatch, TokenScores
 from llm_modules.generation import Generator
 from llm_modules.logprobs import next_token_targets
 from llm_modules.objectives.balance import LoadBalance
@@ -49,11 +49,10 @@ class LanguageModelModule(LLMModule):
 
     def objective_step(self, batch: TokenBatch) -> ObjectiveOutput:
         assert self.model is not None
-        if isinstance(batch, PreferenceBatch):
-            raise ValueError(
-                "data: pairs of answers are for PreferenceModule and RewardModule; a language model learns from "
-                "ConversationDataModule or TextDataModule"
-            )
+        if isinstance(batch, PreferenceBatch | LabelledBatch):
+            pairs = "pairs of answers are for PreferenceModule and RewardModule"
+            kind = pairs if isinstance(batch, PreferenceBatch) else "labelled answers are for PreferenceModule"
+            raise ValueError(f"data: {kind}; a language model learns from ConversationDataModule or TextDataModule")
         if isinstance(batch, TaughtBatch):
             raise ValueError("data: a preprompt is for DistillationModule; fine-tuning reads ConversationDataModule")
         scores = self.model(

@@ -142,6 +142,33 @@ def compared(
     return TaughtScores(of_target, of_teacher, compare(student, teacher), kl)
 
 
+@torch.no_grad()
+def linear_entropies(
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    transform: HeadTransform = HeadTransform(),
+    chunk: int = DEFAULT_CHUNK,
+) -> Tensor:
+    """(M,) fp32 entropies, in nats, of the distributions under a linear head, in chunks, without a gradient.
+
+    Args:
+        hidden_MH, weight_VH, bias_V, transform, chunk: as of ``linear_logprobs``.
+    """
+    device = hidden_MH.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MH.dtype
+    weight = weight_VH.to(dtype)
+    parts = hidden_MH.to(dtype).split(chunk)
+    return torch.cat([entropies(transform(_logits(hidden, weight, bias_V))) for hidden in parts]).float()
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """(...,) entropies, in nats, of the distributions that (..., V) logits give."""
+    logprobs = logits.log_softmax(-1)
+    return -logprobs.exp().mul_(logprobs).sum(-1)
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -1,10 +1,10 @@
-"""Floor 3: pairs of answers, scored by the policy and by a reference: preference tuning."""
+"""Floor 3: pairs of answers, or labelled ones, scored by the policy and by a reference: preference tuning."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,13 +12,21 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from llm_modules.base import LLMModule
-from llm_modules.batch import ObjectiveOutput, PairScores, PreferenceBatch
+from llm_modules.base import CHECKPOINT_KEY, LLMModule
+from llm_modules.batch import (
+    LabelledBatch,
+    LabelledScores,
+    ObjectiveOutput,
+    PairScores,
+    PreferenceBatch,
+    TokenBatch,
+)
 from llm_modules.generation import Generator
 from llm_modules.logprobs import next_token_targets, sums_by_answer
+from llm_modules.objectives.labelled import LabelledObjective
 from llm_modules.objectives.preference import DPO, PreferenceObjective
 from llm_modules.zoo import Backbone, CausalLM
-from llm_modules.zoo.reference import as_reference, needs_copy
+from llm_modules.zoo.reference import as_reference, needs_copy, still
 from llm_modules.zoo.weights import weights_digest
 
 Reference = Literal["auto", "base", "copy", "cached"]
@@ -32,7 +40,8 @@ class PreferenceModule(LLMModule):
 
     Args:
         backbone: the model: where it comes from and how it is built.
-        objective: a function of the pairs' log-probabilities; None: ``DPO``.
+        objective: a function of the log-probabilities of pairs, or of labelled answers (``KTO``, ``BCO``); None:
+            ``DPO``.
         optimizer: class of the optimizer (``class_path`` and its arguments).
         schedule: class of the learning-rate schedule, stepped once per optimizer step; None: constant.
         reference: what the objective compares with, where it needs that: ``base``: the model without its adapter (no
@@ -40,6 +49,8 @@ class PreferenceModule(LLMModule):
             ``cached``: what such a copy says of all pairs, computed once before the first step and kept on disk beside
             the tokens (under the digest of its weights and config, so it is never another model's); ``auto``: the base
             where there is an adapter that leaves it as it is, else a copy.
+        log_entropy: log the entropy of the policy on the answers' tokens also in training, where it is one product with
+            the head more; in validation it always is.
         generator: how `predict` generates; None: greedy.
         tokenizer: folder, hub id or ``builtin:bytes`` (set once, at the top of the recipe).
         sequence_length: longest prompt with an answer in tokens (set once, at the top of the recipe).
@@ -49,10 +60,11 @@ class PreferenceModule(LLMModule):
     def __init__(
         self,
         backbone: Backbone,
-        objective: PreferenceObjective | None = None,
+        objective: PreferenceObjective | LabelledObjective | None = None,
         optimizer: Callable[[Iterable], Optimizer] = AdamW,
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         reference: Reference = "auto",
+        log_entropy: bool = False,
         generator: Generator | None = None,
         tokenizer: str = "builtin:bytes",
         sequence_length: int = 512,
@@ -62,11 +74,20 @@ class PreferenceModule(LLMModule):
         if reference not in get_args(Reference):
             raise ValueError(f"model.reference: {reference!r} is not one of {', '.join(get_args(Reference))}")
         self.objective = objective or DPO()
+        if reference == "cached" and isinstance(objective, LabelledObjective) and objective.needs_mismatched:
+            raise ValueError(
+                f"model.reference: cached, but {type(objective).__name__} compares answers under other prompts, which "
+                "are others in each step; allowed: auto, base, copy"
+            )
         self.reference = reference
+        self.log_entropy = log_entropy
         self.generator = generator or Generator()
         # In a tuple, so that it is no submodule: neither trained, nor spread, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
         self._cached: Tensor | None = None
+        self._point: Tensor | float = 0.0
+        self._rewards: Tensor | None = None
+        self._held_out: list[tuple[LabelledScores, Mapping[str, float], Tensor]] = []
 
     def configure_model(self) -> None:
         built = self.model is not None
@@ -86,6 +107,11 @@ class PreferenceModule(LLMModule):
 
     def on_fit_start(self) -> None:
         self._place_copy()
+        counts = getattr(getattr(self.trainer, "datamodule", None), "label_counts", None)
+        if counts is not None and isinstance(self.objective, LabelledObjective):
+            line = self.objective.balance(*counts())
+            if line is not None and self.trainer.is_global_zero:
+                print(line, file=sys.stderr)
 
     def on_validation_start(self) -> None:
         self._place_copy()
@@ -119,38 +145,104 @@ class PreferenceModule(LLMModule):
 
     @torch.no_grad()
     def _score_all(self, copy: CausalLM, data: Any, count: int) -> Tensor:
-        """(D, 2) what the reference says of each stored pair, on all ranks; zero of those that are left out."""
-        found = torch.zeros(count, 2, dtype=torch.float64, device=self.device)
+        """(D, 2) what the reference says of each stored pair, or (D, 1) of each labelled answer, on all ranks; zero of
+        those that are left out."""
+        kind, width = ("answers", 1) if isinstance(self.objective, LabelledObjective) else ("pairs", 2)
+        found = torch.zeros(count, width, dtype=torch.float64, device=self.device)
         began = said = time.monotonic()
         done = 0
         if self.trainer.is_global_zero:
-            print("model.reference: scoring all pairs once", file=sys.stderr)
+            print(f"model.reference: scoring all {kind} once", file=sys.stderr)
         for batch in data.every_pair():
             moved = batch.apply(lambda tensor: tensor.to(self.device))
+            moved = copy.computable(moved) if isinstance(moved, PreferenceBatch) else moved
             with self.trainer.precision_plugin.forward_context():
-                sums, _ = self._sums_of(copy, copy.computable(moved))
-            found[batch.rows] = sums[: 2 * batch.pairs].view(-1, 2)
-            done += batch.pairs * self.replicas[0]
+                sums, *_ = self._sums_of(copy, moved)
+            found[batch.rows] = sums.view(-1, width)
+            done += len(batch.rows) * self.replicas[0]
             if self.trainer.is_global_zero and time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
-                print(f"model.reference: {done:,} pairs, {done / (said - began):.1f} a second", file=sys.stderr)
+                print(f"model.reference: {done:,} {kind}, {done / (said - began):.1f} a second", file=sys.stderr)
         return self.sum_over_ranks(found)
 
-    def objective_step(self, batch: PreferenceBatch) -> ObjectiveOutput:
+    # --- a step
+
+    def objective_step(self, batch: Any) -> ObjectiveOutput:
         assert self.model is not None
-        batch = self.model.computable(batch)
-        sums, tokens = self._sums_of(self.model, batch)
-        scores = PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2])
-        if self.objective.needs_reference:
-            reference = self._reference_sums(batch) if self._cached is None else self._cached_sums(batch)
-            scores = scores._replace(reference_chosen=reference[::2], reference_rejected=reference[1::2])
-        output = self.objective(scores)
+        if isinstance(self.objective, LabelledObjective):
+            output = self._labelled_step(self.objective, batch)
+        else:
+            output = self.objective(self._pair_scores(self.model.computable(batch)))
         for term in output.terms.values():
             term.sum = term.sum.float()  # which loss scales and strategies expect
         return output
 
-    def _sums_of(self, model: CausalLM, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """(2P,) log p(answer | prompt), the chosen and the rejected in turn, and the answers' tokens."""
+    def _pair_scores(self, batch: PreferenceBatch) -> PairScores:
+        assert self.model is not None
+        sums, tokens, entropy = self._sums_of(self.model, batch, self.log_entropy or not batch.window)
+        scores = PairScores(sums[::2], sums[1::2], tokens[::2], tokens[1::2], entropy=entropy)
+        if self.objective.needs_reference:
+            reference = self._reference_sums(batch)
+            scores = scores._replace(reference_chosen=reference[::2], reference_rejected=reference[1::2])
+        return scores
+
+    def _labelled_step(self, objective: LabelledObjective, batch: Any) -> ObjectiveOutput:
+        """The point is the step's own: the first micro-batch brings what it is made of for the whole window."""
+        batch = _labelled(objective, batch)
+        if not batch.window:
+            self._point = objective.point()
+        elif batch.micro_step == 0:
+            self._rewards = None
+            self._point = self._point_of(objective, self._mismatched(objective, batch))
+        scores = self._labelled_scores(batch)
+        if batch.window:
+            self._follow(objective, scores, last=batch.micro_step == self.trainer.accumulate_grad_batches - 1)
+        return objective(scores, self._point)
+
+    def _labelled_scores(self, batch: LabelledBatch) -> LabelledScores:
+        assert self.model is not None
+        sums, tokens, entropy = self._sums_of(self.model, batch, self.log_entropy or not batch.window)
+        return LabelledScores(sums, self._reference_sums(batch), tokens, batch.desirable, entropy)
+
+    def _point_of(self, objective: LabelledObjective, mismatched: Tensor) -> Tensor | float:
+        """From (2,) log p - log p' of mismatched answers, summed over those of this rank, and their number."""
+        if not objective.needs_mismatched:
+            return objective.point()
+        total, count = self.sum_over_ranks(mismatched)
+        if count == 1:
+            raise ValueError(
+                f"data.batch_size: {type(objective).__name__} compares each answer with that to another prompt of its "
+                "step, and there is 1; raise it, or trainer.accumulate_grad_batches"
+            )
+        return objective.point(total / count)
+
+    def _mismatched(self, objective: LabelledObjective, batch: LabelledBatch) -> Tensor:
+        found = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if objective.needs_mismatched:
+            assert self.model is not None
+            for part in batch.mismatched:
+                with still(self.model):
+                    own, *_ = self._sums_of(self.model, part)
+                found[0] += (own - self._reference_sums(part)).sum()
+                found[1] += len(part.rows)
+        return found
+
+    def _follow(self, objective: LabelledObjective, scores: LabelledScores, last: bool) -> None:
+        """Gives the objective the rewards of the window, over all ranks, when it is over."""
+        kinds = torch.stack([scores.desirable, ~scores.desirable]).double()
+        sums = torch.cat([kinds @ objective.rewards(scores).detach(), kinds.sum(-1)])
+        self._rewards = sums if self._rewards is None else self._rewards + sums
+        if last and objective.follows:
+            objective.follow(self.sum_over_ranks(self._rewards))
+
+    def _sums_of(
+        self, model: CausalLM, batch: TokenBatch, entropy: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(A,) log p(answer | prompt), of pairs the chosen and the rejected in turn, (A,) the answers' tokens, and ()
+        the entropy summed over all of them, if asked for."""
+        keys, answers = {}, len(batch.rows)
+        if isinstance(batch, PreferenceBatch):
+            keys, answers = {"shared_keys": batch.shared_keys, "key_offsets": batch.key_offsets}, 2 * batch.pairs
         scores = model(
             batch.input_ids,
             batch.position_ids,
@@ -158,22 +250,62 @@ class PreferenceModule(LLMModule):
             batch.document_offsets,
             batch.max_document,
             lengths=batch.lengths,
-            shared_keys=batch.shared_keys,
-            key_offsets=batch.key_offsets,
+            entropy=entropy,
+            **keys,
         )
-        return sums_by_answer(scores.logprobs, batch.answer_of(scores.index), 2 * batch.pairs)
+        sums, tokens = sums_by_answer(scores.logprobs, batch.answer_of(scores.index), answers)
+        return sums, tokens, None if scores.entropy is None else scores.entropy.double().sum()
 
-    def _cached_sums(self, batch: PreferenceBatch) -> Tensor:
-        assert self._cached is not None
-        return self._cached[batch.rows].flatten().to(self.device)
-
-    def _reference_sums(self, batch: PreferenceBatch) -> Tensor:
+    def _reference_sums(self, batch: TokenBatch) -> Tensor:
+        """(A,) as of ``_sums_of``."""
         assert self.model is not None
+        if self._cached is not None:
+            return self._cached[batch.rows].flatten().to(self.device)
         with as_reference(self.model, self._copy[0] if self._copy else None) as reference:
             return self._sums_of(reference, batch)[0]
+
+    # --- what is held out
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        """A point that is made of all that is held out is known when all of it was seen."""
+        objective = self.objective
+        if not (isinstance(objective, LabelledObjective) and objective.needs_mismatched):
+            super()._evaluate(stage, batch)
+        else:
+            batch = _labelled(objective, batch)
+            found = self._labelled_scores(batch), batch.counts(), self._mismatched(objective, batch)
+            self._held_out.append(found)
+
+    def _log_evaluation(self, stage: str) -> None:
+        held_out, self._held_out = self._held_out, []
+        if held_out:
+            assert isinstance(self.objective, LabelledObjective)
+            point = self._point_of(self.objective, torch.stack([mismatched for _, _, mismatched in held_out]).sum(0))
+            for scores, counts, _ in held_out:
+                self._add_evaluation(stage, self.objective(scores, point), counts)
+        super()._log_evaluation(stage)
+
+    # --- the objective's state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self.objective, LabelledObjective):
+            checkpoint[CHECKPOINT_KEY]["objective"] = self.objective.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if isinstance(self.objective, LabelledObjective) and "objective" in checkpoint[CHECKPOINT_KEY]:
+            self.objective.load_state(checkpoint[CHECKPOINT_KEY]["objective"])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of ``batch["prompts"]``, as rows of the predictions file."""
         if getattr(self.trainer.strategy, "spreads_weights", False):
             raise ValueError("predict: not while the strategy spreads the weights; use -c strategies/ddp or single")
         return self.generator.predict(self.model, self.tokenizer, batch)
+
+
+def _labelled(objective: LabelledObjective, batch: Any) -> LabelledBatch:
+    if not isinstance(batch, LabelledBatch):
+        name = type(objective).__name__
+        raise ValueError(f"data: {name} learns from labelled answers; use llm_modules.data.LabelledDataModule")
+    return batch

@@ -19,6 +19,10 @@ from llm_modules.zoo import Backbone
 BINS = 10
 """Of the calibration error, which is of probabilities from 0.5 to 1 and, the pair turned round, from 0 to 0.5."""
 
+HISTOGRAM = 24
+"""Bins of the histogram of scores, over four standard deviations to both sides of the mean; what is outside is in the
+outermost."""
+
 
 class RewardModule(LLMModule):
     """A reward model: a language model with a head of one number, which the better of two answers gets more of.
@@ -51,6 +55,9 @@ class RewardModule(LLMModule):
         super().__init__(backbone, optimizer, schedule, tokenizer, sequence_length, seed)
         self.objective = objective or BradleyTerry()
         self._calibration: Any = None
+        self._scores: list[Tensor] = []
+        self.score_histogram: list[list[float]] = []
+        """(low, high, chosen, rejected) of each bin: how many of the answers that were last held out it has."""
 
     def _built_with(self) -> dict[str, Any]:
         return super()._built_with() | {"scalar": self.scalar}
@@ -76,6 +83,7 @@ class RewardModule(LLMModule):
         scores = self.scores(batch)
         if not self.training:
             self._calibrate(self.objective.better(scores).detach())
+            self._scores.append(torch.stack([scores.chosen, scores.rejected]).detach().double())
         return self.objective(scores)
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
@@ -101,3 +109,19 @@ class RewardModule(LLMModule):
         if self._calibration is not None:
             self.log(f"{stage}/calibration_error", self._calibration[0].compute(), on_step=False, on_epoch=True)
             self._calibration = None
+        if self._scores:
+            scores, self._scores = torch.cat(self._scores, dim=1), []
+            self.score_histogram = self._histogram(scores)
+
+    def _histogram(self, scores: Tensor) -> list[list[float]]:
+        """From (2, P) scores of this rank to the histogram of all."""
+        moments = torch.stack([scores.sum(), scores.square().sum(), self._exact(scores.numel())])
+        total, squares, count = self.sum_over_ranks(moments).tolist()
+        mean = total / max(count, 1)
+        reach = 4 * max(squares / max(count, 1) - mean**2, 1e-12) ** 0.5
+        edges = torch.linspace(mean - reach, mean + reach, HISTOGRAM + 1, dtype=torch.float64, device=scores.device)
+        places = torch.bucketize(scores, edges[1:-1])
+        counts = torch.stack([torch.bincount(side, minlength=HISTOGRAM) for side in places]).double()
+        chosen, rejected = self.sum_over_ranks(counts).tolist()
+        lows, highs = edges[:-1].tolist(), edges[1:].tolist()
+        return [list(row) for row in zip(lows, highs, chosen, rejected, strict=True)]

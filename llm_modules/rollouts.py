@@ -46,6 +46,9 @@ class PromptBatch:
     def pin_memory(self) -> PromptBatch:
         return self
 
+    def look_ahead(self, window: Sequence[Any]) -> None:
+        """Nothing depends on the others."""
+
 
 @dataclass
 class Rollouts:
@@ -128,7 +131,7 @@ class PolicyBatch(TokenBatch):
         answers: how many there are.
         prompt_of: (answers,) int64, which prompt of the iteration each answers.
         shared_keys, key_offsets: as of ``PreferenceBatch``.
-        answer_of: (M,) int64 the answer that each label belongs to.
+        answer_index: (M,) int64 the answer that each label belongs to.
         advantages, old_logprobs: (M,) of each label.
         sampled_logprobs: (M,) as they were when the token was drawn.
         reference_logprobs: (M,); None: there is no reference.
@@ -140,7 +143,7 @@ class PolicyBatch(TokenBatch):
     prompt_of: Tensor | None = None
     shared_keys: Tensor | None = None
     key_offsets: Tensor | None = None
-    answer_of: Tensor | None = None
+    answer_index: Tensor | None = None
     advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
     sampled_logprobs: Tensor | None = None
@@ -182,7 +185,7 @@ def policy_batch(rollouts: Rollouts, answers: Tensor, layout: str, max_document:
         if (values := getattr(rollouts, name)) is not None:
             setattr(batch, name, values[tokens])
     batch.answers, batch.prompt_of, batch.reward = len(numbers), rollouts.prompt_of[answers], rollouts.reward[answers]
-    batch.answer_of = torch.repeat_interleave(torch.arange(len(numbers)), sizes)
+    batch.answer_index = torch.repeat_interleave(torch.arange(len(numbers)), sizes)
     batch.rows = rollouts.rows[batch.prompt_of].tolist()
     return batch
 

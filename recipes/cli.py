@@ -38,6 +38,7 @@ DEFAULT_CALLBACKS = (
     "MaskAudit",
     "GracefulStop",
     "ExportFolder",
+    "ScoreHistogram",
     "RunReport",
     "PredictionsWriter",
     "RecipeProgress",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_modules.data.audit import AuditReport
     from llm_modules.data.datamodules import ConversationDataModule, TextDataModule
+    from llm_modules.data.labelled_datamodule import LabelledDataModule
     from llm_modules.data.loading import EvaluationLoader, WindowLoader
     from llm_modules.data.preference_datamodule import PreferenceDataModule
     from llm_modules.data.preprompts import PrepromptDataModule
@@ -18,6 +19,7 @@ _HOME = {
     "AuditReport": "audit",
     "ConversationDataModule": "datamodules",
     "TextDataModule": "datamodules",
+    "LabelledDataModule": "labelled_datamodule",
     "PreferenceDataModule": "preference_datamodule",
     "PromptDataModule": "prompt_datamodule",
     "PrepromptDataModule": "preprompts",
@@ -31,6 +33,7 @@ __all__ = [
     "AuditReport",
     "ConversationDataModule",
     "EvaluationLoader",
+    "LabelledDataModule",
     "PreferenceDataModule",
     "PrepromptDataModule",
     "PromptDataModule",

@@ -50,6 +50,8 @@ class Collator:
         max_document: upper bound of a document's length.
     """
 
+    beside = False
+
     def __init__(self, rows: TokenRows, *, flat: bool, pad: int, max_document: int) -> None:
         self.rows = rows
         self.flat = flat

@@ -20,7 +20,13 @@ from llm_modules.data.packing import EpochPlan, Indices
 
 
 class BatchMaker(Protocol):
-    """Makes a micro-batch of rows; runs in worker processes and must not keep anything between calls."""
+    """Makes a micro-batch of rows; runs in worker processes and must not keep anything between calls.
+
+    Attributes:
+        beside: whether each row comes with the row before it in the window (the segments of both, its own first).
+    """
+
+    beside: bool
 
     def __call__(self, batch: Sequence[Indices]) -> CountedBatch: ...
 
@@ -53,6 +59,14 @@ class Slicing:
         if self.sort and lengths is not None:
             rows = rows[np.argsort(-lengths[rows], kind="stable")]
         return list(rows.reshape(self.accumulate, self.world, self.batch_size)[:, self.rank])
+
+
+def _segments(plan: EpochPlan, order: Indices, beside: bool) -> Callable[[int], Indices]:
+    """A row's segments by its number; if asked for, with those of the row before it in ``order``, which is a ring."""
+    if not beside:
+        return plan.row
+    before = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    return lambda row: np.concatenate([plan.row(row), plan.row(before[row])])
 
 
 class _Specs:
@@ -136,6 +150,7 @@ class WindowLoader(_Closing):
         identity: str = "",
     ) -> None:
         self.plan = plan
+        self.maker = maker
         self.slicing = slicing
         self.identity = identity
         self.repeat = repeat
@@ -192,6 +207,7 @@ class WindowLoader(_Closing):
         for start in starts:
             window = [next(micro_batches) for _ in range(accumulate)]
             counts = _total(window)
+            window[0].look_ahead(window)
             for micro_step, batch in enumerate(window):
                 batch.window = dict(counts)
                 batch.micro_step = micro_step
@@ -213,8 +229,9 @@ class WindowLoader(_Closing):
         for start in starts:
             # An epoch with fewer rows than the first (weights below 1) goes on with its own beginning.
             rows = np.arange(start, start + self.slicing.rows_per_step) % len(plan)
+            segments = _segments(plan, rows, self.maker.beside)
             for micro_batch in self.slicing.micro_batches(rows, lengths):
-                yield [plan.row(i) for i in micro_batch]
+                yield [segments(i) for i in micro_batch.tolist()]
 
     def _epoch_plan(self) -> EpochPlan:
         wanted = 0 if self.repeat else self.epoch
@@ -272,7 +289,8 @@ class EvaluationLoader(_Closing):
         order = np.argsort(-plan.lengths(), kind="stable")
         size, world = slicing.batch_size, slicing.world
         starts = range(slicing.rank * size, len(plan), size * world)
-        self._batches = [[plan.row(i) for i in order[start : start + size]] for start in starts]
+        segments = _segments(plan, np.arange(len(plan)), maker.beside)
+        self._batches = [[segments(i) for i in order[start : start + size].tolist()] for start in starts]
         self._length = -(-len(plan) // (size * world))
 
     def __len__(self) -> int:

@@ -66,8 +66,8 @@ def preference_pair(row: Row) -> Pair:
         there = ", ".join(map(str, columns)) or "none"
         what = "an empty answer in" if missing[0] in columns else "no column"
         raise NoPair(f"{row.origin}: {what} {missing[0]!r}; a pair needs chosen and rejected; columns: {there}")
-    before = _before(row)
-    sides = {name: _side(row, name) for name in ("chosen", "rejected")}
+    before = messages_before(row)
+    sides = {name: side_messages(row, name) for name in ("chosen", "rejected")}
     prompts = {
         name: [*before, *messages[:-1]] if before and messages[:-1] != before else messages[:-1] or before
         for name, messages in sides.items()
@@ -100,7 +100,7 @@ def _value(row: Row, name: str) -> float:
     raise ValueError(f"{row.origin}: {name} is {value!r}; it must be {kind}")
 
 
-def _before(row: Row) -> list[Message]:
+def messages_before(row: Row) -> list[Message]:
     """What the row says comes before both answers."""
     for name in ("messages", "prompt"):
         value = row.columns.get(name)
@@ -113,7 +113,7 @@ def _before(row: Row) -> list[Message]:
     return []
 
 
-def _side(row: Row, name: str) -> list[Message]:
+def side_messages(row: Row, name: str) -> list[Message]:
     """Messages of which the last is the answer."""
     value = row.columns[name]
     if isinstance(value, dict):

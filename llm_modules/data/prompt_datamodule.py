@@ -173,6 +173,8 @@ class _Repeated:
 class _PromptMaker:
     """Rows to a ``PromptBatch``."""
 
+    beside = False
+
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
 

@@ -136,6 +136,7 @@ def _code_fingerprint() -> str:
         "preferences.py",
         "prompts.py",
         "preprompts.py",
+        "labelled.py",
     ]
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()

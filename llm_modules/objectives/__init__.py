@@ -2,6 +2,7 @@
 
 from llm_modules.objectives.actor_critic import PPO, SafePPO
 from llm_modules.objectives.distillation import DistillationObjective, ForwardKL, GeneralizedJSD, ReverseKL
+from llm_modules.objectives.labelled import BCO, KTO, LabelledObjective
 from llm_modules.objectives.language import LanguageObjective, NextToken
 from llm_modules.objectives.policy import GRPO, RLOO, OnlineDPO, PolicyObjective, ReinforcePlusPlus
 from llm_modules.objectives.preference import APO, CPO, DPO, IPO, ORPO, SPPO, Hinge, PreferenceObjective, SimPO
@@ -9,10 +10,12 @@ from llm_modules.objectives.reward import BradleyTerry, CostModel, RewardObjecti
 
 __all__ = [
     "APO",
+    "BCO",
     "CPO",
     "DPO",
     "GRPO",
     "IPO",
+    "KTO",
     "ORPO",
     "PPO",
     "RLOO",
@@ -23,6 +26,7 @@ __all__ = [
     "ForwardKL",
     "GeneralizedJSD",
     "Hinge",
+    "LabelledObjective",
     "LanguageObjective",
     "NextToken",
     "OnlineDPO",

@@ -127,9 +127,9 @@ def surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: float) ->
 
 def by_answer(values: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
     """(A,) sums of the tokens' values, and how many these are."""
-    assert batch.answer_of is not None
-    lengths = torch.bincount(batch.answer_of, minlength=batch.answers).to(values)
-    return values.new_zeros(batch.answers).index_add(0, batch.answer_of, values), lengths.clamp(min=1)
+    assert batch.answer_index is not None
+    lengths = torch.bincount(batch.answer_index, minlength=batch.answers).to(values)
+    return values.new_zeros(batch.answers).index_add(0, batch.answer_index, values), lengths.clamp(min=1)
 
 
 class GRPO(PolicyObjective):
@@ -186,12 +186,12 @@ class GRPO(PolicyObjective):
         return {}
 
     def terms(self, batch: PolicyBatch, logprobs: Tensor, values: Tensor | None) -> dict[str, Term]:
-        assert batch.answer_of is not None
+        assert batch.answer_index is not None
         assert batch.advantages is not None
         log_ratio = logprobs - old(batch)
         if self.ratio == "sequence":
             sums, lengths = by_answer(log_ratio, batch)
-            log_ratio = (sums / lengths)[batch.answer_of]
+            log_ratio = (sums / lengths)[batch.answer_index]
         terms = {"loss": self._term(surrogate(log_ratio, batch.advantages, self.clip, self.clip_high), batch)}
         if self.needs_reference:
             assert batch.reference_logprobs is not None

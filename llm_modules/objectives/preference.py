@@ -59,6 +59,10 @@ class PreferenceObjective:
                 "tokens_rejected": scores.rejected_tokens,
             }
             metrics = {name: (value.detach().sum(), "pairs") for name, value in measured.items()}
+            if scores.entropy is not None:
+                metrics["entropy"] = (scores.entropy, "tokens")
+            if scores.reference_chosen is not None:
+                metrics["kl"] = (torch.cat(log_ratios(scores)).sum(), "tokens")
         return ObjectiveOutput(self.terms(scores), metrics)
 
 

@@ -96,6 +96,7 @@ class CausalLM(nn.Module):
         key_offsets: Tensor | None = None,
         statistics: bool = False,
         uniform: bool = False,
+        entropy: bool = False,
         states: bool = False,
         teaching: Teaching | None = None,
     ) -> TokenScores | TaughtScores | Tensor:
@@ -113,6 +114,7 @@ class CausalLM(nn.Module):
             uniform: the caller will give every log-probability the same gradient (see ``linear_logprobs``).
             states: return the (M, H) hidden states that the targets are predicted from, before the head: a teacher's.
             teaching: a teacher to be compared with: return ``TaughtScores``.
+            entropy: also return the entropies.
 
         Raises:
             ValueError: ``document_offsets`` for a model whose attention does not keep documents apart; experts whose
@@ -124,10 +126,11 @@ class CausalLM(nn.Module):
         if self.context is None:
             part = Slice(input_ids, position_ids, targets, document_offsets)
             keys = {} if shared_keys is None else {"shared_keys": shared_keys, "cu_seq_lens_k": key_offsets}
-            return self._scores(part, max_document, statistics, uniform, lengths, keys)
+            return self._scores(part, max_document, statistics, uniform, lengths, keys, entropy=entropy)
         part = self.context.slice(input_ids, position_ids, targets, document_offsets)
         with self.context.own_random_numbers(input_ids.device) if self.training else nullcontext():
-            scores = self._scores(part, max_document or input_ids.shape[1], statistics, uniform, None)
+            longest = max_document or input_ids.shape[1]
+            scores = self._scores(part, longest, statistics, uniform, None, entropy=entropy)
         return self.context.share(scores, targets)
 
     def _scores(
@@ -138,6 +141,7 @@ class CausalLM(nn.Module):
         uniform: bool,
         lengths: Tensor | None,
         keys: dict[str, Any] | None = None,
+        entropy: bool = False,
     ) -> TokenScores:
         outputs = self._decode(part.input_ids, part.position_ids, part.document_offsets, max_document, keys)
         hidden_BTH, targets = outputs.last_hidden_state, part.targets
@@ -146,9 +150,10 @@ class CausalLM(nn.Module):
             router = router_statistics(outputs.router_logits, self.routing.top_k, lengths, part.input_ids.shape[1])
         index, hidden_MH, targets_M = predicted(hidden_BTH, targets)
         output = self.hf.get_output_embeddings()
+        measured = self.head.entropies(output, hidden_MH, self._head_is_adapted) if entropy else None
         if self._head_is_adapted:
             logprobs, log_normalizer, mean_logprob = self.head.through(output, hidden_MH, targets_M, statistics)
-            return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router)
+            return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router, measured)
         logprobs, log_normalizer, mean_logprob = self.head(
             hidden_MH,
             output.weight,
@@ -157,7 +162,7 @@ class CausalLM(nn.Module):
             statistics=statistics,
             uniform=uniform,
         )
-        return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router)
+        return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router, measured)
 
     def _taught(self, part: Slice, max_document: int, teaching: Teaching | None) -> TaughtScores | Tensor:
         hidden = self._decode(part.input_ids, part.position_ids, part.document_offsets, max_document).last_hidden_state

@@ -30,7 +30,7 @@ _MOVING_FREQUENCIES = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the longest position of the call: it is another one in each slice."""
 
 
-_SHARED = ("logprobs", "index", "log_normalizer", "mean_logprob")
+_SHARED = ("logprobs", "index", "log_normalizer", "mean_logprob", "entropy")
 """The fields of ``TokenScores`` that ``ContextParallel.share`` knows how to put together."""
 
 
@@ -84,15 +84,15 @@ class ContextParallel:
         index = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
         if not len(index):  # on every rank of the group
             return scores
-        kinds = [scores.logprobs, scores.log_normalizer, scores.mean_logprob]
+        kinds = [scores.logprobs, scores.log_normalizer, scores.mean_logprob, scores.entropy]
         values_Km = torch.stack([kind for kind in kinds if kind is not None])
         own_M = index % length // -(-length // self.size) == self.rank
         whole_KM = values_Km.new_zeros(len(values_Km), len(index))
         whole_KM = whole_KM.masked_scatter(own_M.expand_as(whole_KM), values_Km)
         parts = iter(_Sum.apply(whole_KM, self.group))
-        logprobs, log_normalizer, mean_logprob = (None if kind is None else next(parts) for kind in kinds)
+        logprobs, log_normalizer, mean_logprob, entropy = (None if kind is None else next(parts) for kind in kinds)
         assert logprobs is not None
-        return TokenScores(logprobs, index, log_normalizer, mean_logprob)
+        return TokenScores(logprobs, index, log_normalizer, mean_logprob, entropy=entropy)
 
     def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From all heads (B, H or K, S, D) of this rank's positions to all positions (B, H / C or K / C, C * S, D).

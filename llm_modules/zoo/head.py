@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llm_modules.batch import IGNORE_INDEX, TaughtScores, Teaching
-from llm_modules.logprobs import DEFAULT_CHUNK, HeadTransform, compared, linear_logprobs
+from llm_modules.logprobs import DEFAULT_CHUNK, HeadTransform, compared, entropies, linear_entropies, linear_logprobs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -143,6 +143,14 @@ class ScoringHead(nn.Module):
         columns = (part.split(self.chunk) for part in (hidden_MH, teaching.hidden, targets_M))
         scores = [checkpoint(scored, *parts, use_reentrant=False) for parts in zip(*columns, strict=True)]
         return TaughtScores(*(torch.cat(column) for column in zip(*scores, strict=True)))
+
+    @torch.no_grad()
+    def entropies(self, module: Any, hidden_MH: Tensor, adapted: bool) -> Tensor:
+        """(M,) as ``logprobs.linear_entropies``, under the head ``module``, which may be more than a weight."""
+        if not adapted:
+            bias = getattr(module, "bias", None)
+            return linear_entropies(hidden_MH, module.weight, bias, transform=self.transform, chunk=self.chunk)
+        return torch.cat([entropies(self.transform(module(part).float())) for part in hidden_MH.split(self.chunk)])
 
     def _plain(self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, statistics: bool) -> Any:
         logits = self.transform(nn.functional.linear(hidden, weight, bias).float())

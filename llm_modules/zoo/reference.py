@@ -31,16 +31,22 @@ def needs_copy(model: CausalLM, wanted: str) -> bool:
 
 
 @contextmanager
+def still(model: CausalLM) -> Iterator[CausalLM]:
+    """Inside, the model neither learns nor drops anything."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def as_reference(model: CausalLM, copy: CausalLM | None) -> Iterator[CausalLM]:
     """Inside, the copy, or without one the model without its adapter: no dropout, and no gradient."""
-    asked = copy or model
-    training = asked.training
-    asked.eval()
-    try:
-        with torch.no_grad(), nullcontext() if copy else model.as_base():
-            yield asked
-    finally:
-        asked.train(training)
+    with still(copy or model) as asked, nullcontext() if copy else model.as_base():
+        yield asked
 
 
 def base_logits(model: CausalLM, hidden_CH: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -64,6 +65,15 @@ def test_it_learns_goes_on_exactly_and_leaves_a_classifier(capsys: pytest.Captur
     assert column(0, "val/accuracy")[-1] == 1.0
     assert column(0, "train/loss")[-1] < 0.5 * column(0, "train/loss")[0]
     assert 0 <= column(0, "val/calibration_error")[-1] <= 0.5
+    with Path("runs/reward/0/score_histogram.csv").open(newline="") as file:
+        bins = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert all(before["high"] == after["low"] for before, after in itertools.pairwise(bins))
+    for kind in ("chosen", "rejected"):
+        assert sum(row[kind] for row in bins) == 13  # the held-out pairs
+        middle = sum(row[kind] * (row["low"] + row["high"]) / 2 for row in bins) / 13
+        assert abs(middle - column(0, f"val/score_{kind}")[-1]) <= bins[0]["high"] - bins[0]["low"]
+    page = Path("runs/reward/0/report.html").read_text()
+    assert page.count('<rect class="bar k0"') == page.count('<rect class="bar k1"') == len(bins)
     curve = Path("runs/reward/0/metrics.csv").read_bytes()
     assert main(["validate", "-c", "reward", "--run", "0"]) == 0
     assert Path("runs/reward/0/metrics.csv").read_bytes() == curve  # what it says is no point of the run's curve
@@ -101,6 +111,35 @@ def test_its_parameters_are_counted_before_it_is_built(tied: bool, capsys: pytes
     with safe_open("runs/reward/0/export/model.safetensors", "pt") as tensors:
         count = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118 - no dictionary
     assert int(said[1].replace(",", "")) == count
+
+
+def test_a_tokenizer_without_a_token_of_its_own_for_padding_scores_the_same() -> None:
+    """Padding is the end token: transformers, which looks for it to find a text's end, would stop short of that."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from llm_modules import RewardModule
+    from llm_modules.tokenizer import byte_tokenizer
+    from llm_modules.zoo import Backbone
+
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained("tokenizer")
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    module = RewardModule(Backbone(config=config | {"num_attention_heads": 2}), tokenizer="tokenizer")
+    module.configure_model()
+    assert module.model is not None
+    module.export("score")
+    classifier = AutoModelForSequenceClassification.from_pretrained("score")
+    text = AutoTokenizer.from_pretrained("score")("hi<|endoftext|>yes<|endoftext|>", return_tensors="pt")
+    ids = text["input_ids"]
+    positions, last = torch.arange(ids.shape[1])[None], torch.tensor([ids.shape[1] - 1])
+    with torch.no_grad():
+        expected = module.model(ids, positions, last)
+        assert torch.allclose(classifier(**text).logits.flatten(), expected, atol=1e-6)
+        with pytest.raises(ValueError, match="no padding token is defined"):  # several at once: refused, never wrong
+            classifier(ids.repeat(2, 1))
+        short = module.model(ids, positions, last - 1)
+    assert not torch.allclose(short, expected, atol=1e-3)
 
 
 def test_a_cost_model_is_above_zero_for_harm() -> None:

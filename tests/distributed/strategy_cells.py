@@ -18,8 +18,15 @@ from lightning.pytorch import Callback, Trainer
 
 from callbacks import AtomicCheckpointIO, Throughput
 from callbacks.checkpoint_writer import CheckpointWriter
+from llm_modules import objectives
 from llm_modules.base import LLMModule
-from llm_modules.data import ConversationDataModule, PreferenceDataModule, PrepromptDataModule, TextDataModule
+from llm_modules.data import (
+    ConversationDataModule,
+    LabelledDataModule,
+    PreferenceDataModule,
+    PrepromptDataModule,
+    TextDataModule,
+)
 from llm_modules.distillation import DistillationModule
 from llm_modules.language_model import LanguageModelModule
 from llm_modules.optimizers import MuonAdamW
@@ -32,6 +39,7 @@ MODULES: dict[str, Any] = {
     "pretrain": LanguageModelModule,
     "sft": LanguageModelModule,
     "preference": PreferenceModule,
+    "labelled": PreferenceModule,
     "reward": RewardModule,
     "distillation": DistillationModule,
 }
@@ -39,6 +47,7 @@ DATA: dict[str, Any] = {
     "pretrain": TextDataModule,
     "sft": ConversationDataModule,
     "preference": PreferenceDataModule,
+    "labelled": LabelledDataModule,
     "reward": PreferenceDataModule,
     "distillation": PrepromptDataModule,
 }
@@ -154,6 +163,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
         optimizer=OPTIMIZERS[cell.get("optimizer", "adamw")],
         sequence_length=128,
         seed=1,
+        **({"objective": getattr(objectives, cell["objective"])()} if "objective" in cell else {}),
     )
     data = data_of(cell, ROWS_PER_STEP // (accumulate * max(1, world // sharing)))
     record = Record()

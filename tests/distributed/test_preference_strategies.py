@@ -1,5 +1,5 @@
-"""Preference tuning (the reference a copy, or a LoRA's base) and a reward model under every strategy, on two processes
-against one."""
+"""Preference tuning (the reference a copy, or a LoRA's base; pairs and labelled answers) and a reward model under every
+strategy, on two processes against one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 JOBS: dict[str, dict[str, Any]] = {
     "DPO": {"stage": "preference", "model": "llama"},
     "DPO with LoRA": {"stage": "preference", "model": "llama", "backbone": {"adapter": LORA}},
+    "KTO": {"stage": "labelled", "model": "llama", "objective": "KTO"},
+    "BCO with LoRA": {"stage": "labelled", "model": "llama", "objective": "BCO", "backbone": {"adapter": LORA}},
     "reward": {"stage": "reward", "model": "qwen3"},
 }
 STRATEGIES = ("ddp", "fsdp2", "tp", "fsdp1", "zero2", "zero3", "context")
@@ -38,7 +40,7 @@ def write_pairs(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     launches = Launches(tmp_path_factory.mktemp("preferences"), JOBS)
-    launches.rows["preference"] = launches.rows["reward"] = write_pairs(launches.folder)
+    launches.rows |= dict.fromkeys(("preference", "labelled", "reward"), write_pairs(launches.folder))
     found = launches.run([launches.cell("single", job, 1) for job in JOBS])
     return found | launches.run([launches.cell(name, job, 2) for name in STRATEGIES for job in JOBS])
 

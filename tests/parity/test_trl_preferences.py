@@ -183,6 +183,14 @@ def test_conservative_dpo_by_hand() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_the_divergence_from_the_reference_by_hand() -> None:
+    given = scores()
+    total, count = DPO()(given).metrics["kl"]
+    expected = sum((given[i] - given[i + 4]).double().sum() for i in (0, 1))
+    assert (float(total), count) == (pytest.approx(float(expected), rel=1e-6), "tokens")
+    assert "kl" not in SimPO()(given._replace(reference_chosen=None, reference_rejected=None)).metrics
+
+
 def test_a_certain_answer_has_finite_odds() -> None:
     given = scores()
     certain = given._replace(chosen=torch.zeros(6, requires_grad=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm_modules.batch import IGNORE_INDEX
-from llm_modules.logprobs import HeadTransform, linear_logprobs, masked_sum, next_token_targets
+from llm_modules.logprobs import HeadTransform, linear_entropies, linear_logprobs, masked_sum, next_token_targets
 
 TRANSFORMS = {
     "plain": HeadTransform(),
@@ -62,6 +62,18 @@ def test_equals_log_softmax(name: str, bias: bool, upstream: str) -> None:
     torch.testing.assert_close(actual, expected.float(), rtol=1e-6, atol=1e-6)
     for got, want in zip(torch.autograd.grad((actual * factors).sum(), leaves), expected_gradients, strict=True):
         assert ((got - want).norm() / want.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_entropies_are_those_of_torchs_categorical(name: str, bias: bool) -> None:
+    hidden, weight, _, offset = inputs(bias)
+    logits = TRANSFORMS[name](F.linear(hidden, weight, offset))
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    found = linear_entropies(hidden, weight, offset, transform=TRANSFORMS[name], chunk=7)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=1e-6)
+    assert linear_entropies(hidden[:0], weight, offset).shape == (0,)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -1,0 +1,128 @@
+"""Answers that were judged one by one, as desirable or not: the formats they come in, and their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llm_modules.data.conversation_encoding import ConversationEncoder
+from llm_modules.data.preferences import BadPair, Message, NoPair, messages_before, preference_pair, side_messages
+from llm_modules.data.sources import Row, Source
+from llm_modules.data.store import Encoded
+from llm_modules.data.tokenization import content_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SIDE = "side of the pair"
+"""A column that is added to the two copies of a row that is a pair: which of its answers is meant."""
+
+
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """A prompt, an answer to it, and whether that is desirable.
+
+    Attributes:
+        prompt: messages, the last of them not the assistant's.
+        answer: what the assistant says.
+        desirable: the label.
+    """
+
+    prompt: list[Message]
+    answer: str
+    desirable: bool
+
+    def conversation(self) -> list[Message]:
+        return [*self.prompt, {"role": "assistant", "content": self.answer}]
+
+
+class LabelledSource(Source):
+    """A source of which each pair (``chosen``, ``rejected``) is two rows, one for each of its answers."""
+
+    def rows(self) -> Iterator[Row]:
+        for row in super().rows():
+            if "label" not in row.columns and {"chosen", "rejected"} & set(row.columns):
+                for side in ("chosen", "rejected"):
+                    yield row._replace(columns={**row.columns, SIDE: side})
+            else:
+                yield row
+
+
+def labelled_answer(row: Row) -> LabelledAnswer:
+    """The answer in a row: ``completion`` (or ``answer``) beside a ``prompt`` or ``messages``, or ``messages`` that end
+    with it, and ``label``, true or false; or the ``SIDE`` of a pair, of which the chosen answer is the desirable one.
+
+    Raises:
+        NoPair: one line that names the file, the row and why it holds no answer.
+        ValueError: the same of the label.
+    """
+    columns = row.columns
+    if (side := columns.get(SIDE)) is not None:
+        pair = preference_pair(row)
+        return LabelledAnswer(pair.prompt, pair.chosen if side == "chosen" else pair.rejected, side == "chosen")
+    if columns.get("label") is None:
+        there = ", ".join(map(str, columns)) or "none"
+        raise ValueError(f"{row.origin}: no label; an answer needs label, true or false; columns: {there}")
+    if not isinstance(columns["label"], bool):
+        raise ValueError(f"{row.origin}: label is {columns['label']!r}; it must be true or false")
+    name = next((name for name in ("completion", "answer", "messages") if columns.get(name)), None)
+    if name is None:
+        raise NoPair(f"{row.origin}: no answer: completion (or answer) is empty or not there")
+    said = side_messages(row, name)
+    before = [] if name == "messages" else messages_before(row)
+    prompt = said[:-1] if said[: len(before)] == before and len(said) > 1 else [*before, *said[:-1]]
+    if not prompt:
+        raise NoPair(f"{row.origin}: no prompt; a column prompt or messages is needed (name it with `columns`)")
+    if prompt[-1]["role"] == "assistant":
+        raise NoPair(f"{row.origin}: the prompt ends with the assistant; it must end with what is answered")
+    answer = said[-1]["content"]
+    if not answer.strip():
+        raise NoPair(f"{row.origin}: the answer is empty")
+    return LabelledAnswer(prompt, answer, columns["label"])
+
+
+class LabelledEncoder:
+    """A prompt with its answer as one stored document, whose last turn is predicted; its value is the label.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        bad_rows: what becomes of a row that holds no answer: ``error``; ``drop``: it is counted. A label that is none
+            is an error always.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bad_rows: BadPair = "error") -> None:
+        self.tokenizer = tokenizer
+        self.bad_rows: BadPair = bad_rows
+        self._conversations = ConversationEncoder(tokenizer, "messages", "last")
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": "labelled", "bad_rows": self.bad_rows}
+
+    def __call__(self, rows: Sequence[Row]) -> Encoded:
+        answers, bad = zip(*map(self._answer, rows), strict=True)
+        encoded = self._conversations(
+            [
+                row._replace(columns={"messages": answer.conversation()}, mapped=frozenset())
+                for row, answer in zip(rows, answers, strict=True)
+            ]
+        )
+        assert encoded.trained is not None
+        # Without a token to predict, a row is left out when the parts are dealt.
+        encoded.trained &= np.repeat(~np.array(bad), encoded.lengths)
+        encoded.counts["rows dropped that hold no answer"] = sum(bad)
+        contents = [repr((answer.prompt, answer.answer, answer.desirable)) for answer in answers]
+        encoded.hashes = np.array([content_hash(content.encode()) for content in contents], dtype=np.uint64)
+        encoded.values = np.array([[answer.desirable] for answer in answers], dtype=np.float32)
+        return encoded
+
+    def _answer(self, row: Row) -> tuple[LabelledAnswer, bool]:
+        """The answer of a row, and whether it is a stand-in that is not to be dealt."""
+        try:
+            return labelled_answer(row), False
+        except NoPair as error:
+            if self.bad_rows == "error":
+                raise NoPair(f"{error} (data.bad_rows is 'error'; allowed too: drop)") from error
+            return LabelledAnswer([{"role": "user", "content": "-"}], "-", True), True
