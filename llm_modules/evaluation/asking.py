@@ -2,56 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from llm_modules.evaluation.judges import Judge
 from llm_modules.evaluation.measurement import Subject
+from llm_modules.evaluation.rewards import Answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A request and what was answered, for a ``RefusalJudge``.
-
-    Attributes:
-        row: the request's number.
-        prompt: the request itself, without what was put around it.
-        text: the answer.
-        reference, fields, tokens, finished: of judges that read more; not known here.
-    """
-
-    row: int
-    prompt: str
-    text: str
-    reference: str = ""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    tokens: int = 0
-    finished: bool = True
-
-    @property
-    def request(self) -> str:
-        return self.prompt
-
-
-@runtime_checkable
-class RefusalJudge(Protocol):
-    """Says of answers whether they refuse."""
-
-    # Any: jsonargparse would want the same type of replies of each class that a config names.
-    def judge(self, replies: Any) -> list[bool]: ...
-
-
-RefusalDetector = RefusalJudge | Callable[[str, str], bool]
+RefusalDetector = Judge | Callable[[str, str], bool]
 """What tells refusals: of many answers at once, or (request, answer) -> whether it refuses."""
 
 
 def refused(detector: RefusalDetector, requests: Sequence[str], said: Sequence[str]) -> list[bool]:
     """Whether each answer refuses its request."""
-    if isinstance(detector, RefusalJudge):
-        return detector.judge([Reply(n, *pair) for n, pair in enumerate(zip(requests, said, strict=True))])
+    if isinstance(detector, Judge):
+        return detector.judge([Answer(n, *pair) for n, pair in enumerate(zip(requests, said, strict=True))])
     return [bool(detector(request, answer)) for request, answer in zip(requests, said, strict=True)]
 
 

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from llm_modules.evaluation.judges import Judge, Reply, StringMatch
+from llm_modules.evaluation.judges import Judge, StringMatch
 from llm_modules.evaluation.measurement import Measurement, Subject, share
+from llm_modules.evaluation.rewards import Answer
 
 Kind = Literal["harmful", "benign"]
 LABELS = {"harmful": "harmful", "unsafe": "harmful", "benign": "benign", "safe": "benign"}
@@ -108,12 +109,12 @@ class RefusalSuite:
         requests = self.requests()
         answers = subject.generator.generate(subject.model, subject.tokenizer, [r.prompt for r in requests])
         replies = [
-            Reply(i, r.prompt, a.text, r.reference, r.fields, len(a.token_ids), a.finish_reason == "stop")
+            Answer(i, r.prompt, a.text, r.reference, r.fields, len(a.token_ids), a.finish_reason == "stop")
             for i, (r, a) in enumerate(zip(requests, answers, strict=True))
         ]
         return self.judged(requests, replies)
 
-    def judged(self, requests: Sequence[Request], replies: Sequence[Reply]) -> list[Measurement]:
+    def judged(self, requests: Sequence[Request], replies: Sequence[Answer]) -> list[Measurement]:
         """The measurements of answers that are there."""
         refused = self.refusal.judge(replies)
         harmful = [i for i, request in enumerate(requests) if request.kind == "harmful"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -17,7 +17,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Answer:
-    """What a reward sees of an answer.
+    """What a reward, or a judge, sees of an answer.
 
     Attributes:
         row: the prompt's number in the data, which errors name.
@@ -32,10 +32,15 @@ class Answer:
     row: int
     prompt: str | list[dict[str, Any]]
     text: str
-    reference: str
-    fields: Mapping[str, Any]
-    tokens: int
-    finished: bool
+    reference: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    finished: bool = True
+
+    @property
+    def request(self) -> str:
+        """What the user said last."""
+        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
 
 
 class RowError(ValueError):

@@ -10,7 +10,8 @@ import pytest
 from llm_modules.data import Source
 from llm_modules.data.safety_requests import COMPLIANCES, HELD_OUT_WORDS
 from llm_modules.data.safety_twins import TWINS, WORDS
-from llm_modules.evaluation.judges import Reply, StringMatch
+from llm_modules.evaluation.judges import StringMatch
+from llm_modules.evaluation.rewards import Answer
 
 
 def columns(path: str, split: str = "train") -> list[dict[str, Any]]:
@@ -54,7 +55,7 @@ def test_pairs_prefer_refusals_of_harm_and_answers_to_twins(split: str) -> None:
     pairs = columns("builtin:safety-preferences", split)
     judge = StringMatch()
     refused = {
-        side: judge.judge([Reply(i, "", row[side]) for i, row in enumerate(pairs)]) for side in ("chosen", "rejected")
+        side: judge.judge([Answer(i, "", row[side]) for i, row in enumerate(pairs)]) for side in ("chosen", "rejected")
     }
     assert refused["chosen"] == [row["label"] == "harmful" for row in pairs]
     assert refused["rejected"] == [row["label"] == "benign" for row in pairs]

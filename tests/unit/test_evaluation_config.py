@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from jsonargparse import ArgumentParser
 
-from llm_modules.evaluation.asking import Reply, refused
+from llm_modules.evaluation.asking import refused
 from llm_modules.evaluation.canaries import write_canaries
 from llm_modules.evaluation.measurement import Suite
+from llm_modules.evaluation.rewards import Answer
 
 
 class Refuses:
@@ -24,7 +25,7 @@ class Judge:
     def __init__(self, word: str = "I cannot") -> None:
         self.word = word
 
-    def judge(self, replies: Sequence[Reply]) -> list[bool]:
+    def judge(self, replies: Sequence[Answer]) -> list[bool]:
         return [reply.request != "" and reply.text.startswith(self.word) for reply in replies]
 
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from llm_modules.data import Source
-from llm_modules.evaluation.judges import XSTEST_OPENINGS, Classifier, Reply, Scored, StringMatch
+from llm_modules.evaluation.judges import XSTEST_OPENINGS, Classifier, Scored, StringMatch
 from llm_modules.evaluation.measurement import Subject, mean, share
 from llm_modules.evaluation.refusals import RefusalSuite
+from llm_modules.evaluation.rewards import Answer
 
 
-class Answer(NamedTuple):
+class Said(NamedTuple):
     text: str
     token_ids: Sequence[int] = ()
     finish_reason: str = "stop"
@@ -29,9 +30,9 @@ class Scripted:
         self.answers = answers
         self.asked: list[Any] = []
 
-    def generate(self, model: Any, tokenizer: Any, prompts: Sequence[Any], rows: Any = None) -> list[Answer]:
+    def generate(self, model: Any, tokenizer: Any, prompts: Sequence[Any], rows: Any = None) -> list[Said]:
         self.asked = list(prompts)
-        return [Answer(self.answers[prompt[-1]["content"]]) for prompt in prompts]
+        return [Said(self.answers[prompt[-1]["content"]]) for prompt in prompts]
 
 
 def measured(suite: RefusalSuite, answers: dict[str, str]) -> dict[str, tuple[float, int]]:
@@ -44,8 +45,8 @@ def rows(folder: Path, *found: dict[str, Any]) -> Source:
     return Source(str(folder / "rows.jsonl"))
 
 
-def replies(*texts: str) -> list[Reply]:
-    return [Reply(i, "?", text) for i, text in enumerate(texts)]
+def replies(*texts: str) -> list[Answer]:
+    return [Answer(i, "?", text) for i, text in enumerate(texts)]
 
 
 def test_intervals() -> None:
