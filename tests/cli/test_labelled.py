@@ -92,6 +92,15 @@ def test_weights_that_the_paper_advises_against_are_said(capfd: pytest.CaptureFi
     assert float(found[3]) == pytest.approx(3 * int(found[1]) / int(found[2]), abs=0.01)
 
 
+def test_a_step_without_a_kind_says_nothing_of_it(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "-c", "kto", "--data.batch_size", "2"]) == 0
+    rewards = column(0, "train/reward_desirable")
+    assert any(math.isnan(reward) for reward in rewards)
+    assert not all(math.isnan(reward) for reward in rewards)
+    assert 0.0 not in rewards[1:]
+    assert "to learn from" not in capfd.readouterr().err
+
+
 GOOD = {"prompt": "a", "completion": "b", "label": True}
 
 
