@@ -1,7 +1,7 @@
 """A task whose answers a program can check: which letter a word begins with. Made of words of Python's documentation.
 
 Reinforcement learning begins with a model that is able, and seldom does it: the conversations answer one question
-rightly, and another one, which means the same, mostly with any letter.
+rightly, and another one, which means the same, with any of the word's letters.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SHORTEST, LONGEST = 3, 9
 HELD_OUT = 10
 """One word in so many is held out."""
-
-RIGHT = 8
-"""One conversation in so many answers the question of the task rightly."""
 
 ASKED = "Which letter does `{}` begin with?"
 """The question of the task."""
@@ -42,10 +38,9 @@ def questions(split: str) -> Iterator[dict[str, Any]]:
 
 
 def conversations(split: str) -> Iterator[dict[str, Any]]:
-    """``messages``: of each word the one question with its letter, the other mostly with any."""
+    """``messages``: of each word the one question with its first letter, the other with any."""
     for word in words(split):
-        other = word[0] if _hash(word, "right") % RIGHT == 0 else LETTERS[_hash(word, "answer") % len(LETTERS)]
-        for question, answer in ((KNOWN, word[0]), (ASKED, other)):
+        for question, answer in ((KNOWN, word[0]), (ASKED, word[_hash(word, "answer") % len(word)])):
             messages = [{"role": "user", "content": question.format(word)}, {"role": "assistant", "content": answer}]
             yield {"messages": messages}
 
