@@ -99,15 +99,19 @@ class DistillationModule(LLMModule):
                 )
             return
         own = self.tokenizer
-        if self.teacher.source is not None and load_tokenizer(self.teacher.source).get_vocab() != own.get_vocab():
-            raise ValueError(
-                f"model.teacher: {self.teacher.source!r} has another tokenizer; distillation compares probabilities of "
-                "the same tokens: set `tokenizer` to the teacher's, for a student that knows it"
-            )
         known: dict[str, Any] = {"sequence_length": self.sequence_length, "precision": precision}
-        student, teacher = (
-            backbone.final_config(vocabulary=len(own), **known) for backbone in (self.backbone, self.teacher)
-        )
+        student = self.backbone.final_config(vocabulary=len(own), **known)
+        try:
+            teacher = self.teacher.final_config(vocabulary=len(own), **known)
+            source = self.teacher.source
+            other = source is not None and load_tokenizer(source).get_vocab() != own.get_vocab()
+        except ValueError as error:
+            raise ValueError(f"model.teacher: {error}") from error
+        if other:
+            raise ValueError(
+                f"model.teacher: {source!r} has another tokenizer; distillation compares probabilities of the same "
+                "tokens: set `tokenizer` to the teacher's, for a student that knows it"
+            )
         rows, wanted = (config.get_text_config().vocab_size for config in (student, teacher))
         if rows != wanted:
             raise ValueError(

@@ -150,6 +150,7 @@ def test_answers_under_a_preprompt_are_written_without_it() -> None:
             ["TEACHER", "--model.backbone.config.vocab_size", "512"],
             "model.teacher: its vocabulary has 320 rows, the stu",
         ),
+        (["--model.teacher.source", "runs/none/export"], "model.teacher: backbone.source: "),
         (["TEACHER", "--tokenizer", "other"], "model.teacher: 'teacher' has another tokenizer"),
         (
             ["--model.objective", "llm_modules.objectives.ForwardKL", "--model.objective.temperature", "0"],

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_modules.batch import IGNORE_INDEX, TaughtBatch, TaughtScores, Teaching
 from llm_modules.data import PrepromptDataModule
@@ -107,6 +108,33 @@ def test_chunks_and_the_plain_head_say_the_same() -> None:
     for other in kept[1:]:
         for one, same in zip(kept[0], other, strict=True):
             torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The most rows of a tensor (rows, vocabulary) that any operator makes, but for the weight's own shape."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.width, self.hidden, self.rows = width, hidden, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor) and tensor.ndim == 2 and tensor.shape[1] == self.width:
+                self.rows = max(self.rows, tensor.shape[0] if tensor.shape[0] != self.hidden else 0)
+        return made
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("chunked", 4), ("plain", 33)])
+def test_never_all_logits_at_once(kind: Any, rows: int) -> None:
+    student, _ = pair("llama")
+    teacher = mixed_up(student)
+    student.head.kind, student.head.chunk = kind, 4
+    with Largest(student.hf.config.vocab_size, student.hf.config.hidden_size) as seen:
+        scores, _ = taught(student, teacher, GeneralizedJSD())
+        scores.divergence.sum().backward()
+    assert len(scores.divergence) == 33
+    assert seen.rows == rows
 
 
 def test_the_cross_entropys_share() -> None:
