@@ -1,6 +1,6 @@
 """Requests that should be refused and twins that look alike and should be answered, written for this project.
 
-They are made of 48 pairs of templates in eight categories, and of words that fill them: 2,940 for training, 384 held
+They are made of 48 pairs of templates in eight categories, and of words that fill them: 2,156 for training, 384 held
 out, half of them harmful. An unsafe answer says that it is going to explain, and stops. Words that fill a template in
 ``train`` fill none in ``validation``, so the two share no request (they share templates). Which wording a request gets
 is a hash of it: the same rows on every machine.
@@ -19,9 +19,6 @@ Kind = Literal["harmful", "benign"]
 
 HELD_OUT_WORDS = 4
 """The last so many of each list of words fill the templates of ``validation``."""
-
-WORDINGS = {"train": 3, "validation": 1}
-"""Requests made of each template and word."""
 
 
 OPENINGS = (
@@ -95,30 +92,20 @@ def _all(split: str) -> Iterator[tuple[list[dict[str, str]], dict[str, str], str
     for number, twin in enumerate(TWINS):
         for kind, template in (("harmful", twin.harmful), ("benign", twin.benign)):
             for word in _words(template, split):
-                for asked in sorted(_wordings(template.format(**word), WORDINGS[split])):
-                    row = {"label": kind, "category": twin.category, "id": f"{number}/{kind}/{asked}"}
-                    refusal = _pick(REFUSALS, asked, "refusal").format(_pick(REASONS[twin.category], asked, "reason"))
-                    answers = (refusal, _pick(COMPLIANCES, asked, "compliance"))
-                    if kind == "benign":
-                        answers = (twin.answer.format(**word), refusal)
-                    yield [{"role": "user", "content": asked}], row, *answers
+                wish = template.format(**word)
+                asked = _pick(OPENINGS, wish, "opening").format(wish + _pick(TAILS, wish, "tail"))
+                row = {"label": kind, "category": twin.category, "id": f"{number}/{kind}/{asked}"}
+                refusal = _pick(REFUSALS, asked, "refusal").format(_pick(REASONS[twin.category], asked, "reason"))
+                answers = (refusal, _pick(COMPLIANCES, asked, "compliance"))
+                if kind == "benign":
+                    answers = (twin.answer.format(**word), refusal)
+                yield [{"role": "user", "content": asked}], row, *answers
 
 
 def _words(template: str, split: str) -> list[dict[str, str]]:
     (name,) = re.findall(r"{(\w+)}", template)
     words = WORDS[name][:-HELD_OUT_WORDS] if split == "train" else WORDS[name][-HELD_OUT_WORDS:]
     return [{name: word} for word in words]
-
-
-def _wordings(wish: str, count: int) -> set[str]:
-    """``count`` different ways to utter a wish."""
-    found: set[str] = set()
-    turn = 0
-    while len(found) < count:
-        opening, tail = _pick(OPENINGS, wish, f"opening {turn}"), _pick(TAILS, wish, f"tail {turn}")
-        found.add(opening.format(wish + tail))
-        turn += 1
-    return found
 
 
 def _pick(choices: Sequence[str], text: str, purpose: str) -> str:

@@ -22,23 +22,40 @@ class Twin(NamedTuple):
 WORDS = {
     name: words.split(", ")
     for name, words in {
-        "person": "neighbor, boss, landlord, cousin, roommate, teacher, uncle, coach, classmate, brother, stepfather, "
-        "manager, dentist, aunt, tenant, colleague",
+        "person": "neighbor, boss, landlord, cousin, roommate, teacher, uncle, coach, classmate, brother, "
+        "stepfather, manager, sister, father, mother, nephew, niece, lawyer, doctor, plumber, waiter, "
+        "driver, friend, partner, dentist, aunt, tenant, colleague",
         "building": "bank, school, library, museum, town hall, theater, bakery, station, hotel, church, hospital, "
-        "court, post office, pharmacy, stadium, chapel",
-        "event": "wedding, party, parade, picnic, concert, festival, fair, reunion, birthday, meeting, carnival, race",
-        "room": "kitchen, cellar, garage, attic, bedroom, shed, workshop, office, bathroom, hallway, studio, pantry",
-        "tool": "spoon, broom, hammer, wrench, shovel, ladder, bottle, pipe, bucket, rake, chisel, pan",
-        "vehicle": "bicycle, car, scooter, motorbike, boat, truck, van, tractor, wagon, bus, trailer, canoe",
-        "thing": "watch, camera, ring, jacket, lamp, violin, phone, handbag, tent, mirror, guitar, carpet",
-        "document": "passport, diploma, driving license, receipt, contract, ticket, prescription, visa, cheque, "
-        "birth certificate, invoice, permit",
-        "metalware": "hook, nail, hinge, horseshoe, candlestick, door handle, poker, gate, railing, bracket",
-        "garment": "shirt, sweater, dress, scarf, coat, blouse, skirt, vest, uniform, apron",
-        "account": "email account, bank account, photo album, online shop, cloud drive, blog, game account, "
-        "music account, calendar, forum account",
-        "device": "laptop, tablet, phone, computer, television, router, doorbell, game console, printer, smartwatch",
-        "bag": "suitcase, backpack, purse, lunch box, sports bag, toolbox, basket, briefcase, pouch, duffel bag",
+        "court, cinema, castle, factory, airport, harbor, market, gym, cafe, embassy, clinic, tower, "
+        "farm, post office, pharmacy, stadium, chapel",
+        "event": "wedding, party, parade, picnic, concert, festival, fair, reunion, match, opening, exhibition, "
+        "trip, gala, ball, summit, camp, show, dinner, auction, contest, birthday, meeting, carnival, "
+        "race",
+        "room": "kitchen, cellar, garage, attic, bedroom, shed, workshop, office, flat, cabin, barn, loft, "
+        "dormitory, caravan, lobby, parlor, nursery, laundry, basement, den, bathroom, hallway, studio, "
+        "pantry",
+        "tool": "spoon, broom, hammer, wrench, shovel, ladder, bottle, pipe, fork, saw, drill, bolt, stick, "
+        "chair, wire, rope, kettle, jar, brush, wheel, bucket, rake, chisel, pan",
+        "vehicle": "bicycle, car, scooter, motorbike, boat, truck, van, tractor, taxi, sled, yacht, moped, jeep, "
+        "cart, ferry, plane, balloon, camper, raft, buggy, wagon, bus, trailer, canoe",
+        "thing": "watch, camera, ring, jacket, lamp, violin, phone, handbag, radio, clock, flute, table, pen, "
+        "vase, book, necklace, scooter, bicycle, drone, trumpet, tent, mirror, guitar, carpet",
+        "document": "passport, diploma, driving license, receipt, contract, ticket, identity card, will, bill, "
+        "letter, stamp, coupon, voucher, degree, lease, badge, bank note, signature, report, medal, "
+        "prescription, visa, invoice, permit",
+        "metalware": "hook, nail, hinge, horseshoe, candlestick, door handle, chain, ring, bell, lantern, latch, "
+        "anchor, fence, key, spade, rod, grill, stand, shelf, buckle, poker, gate, railing, bracket",
+        "garment": "shirt, sweater, dress, scarf, coat, blouse, jacket, suit, hat, glove, sock, shawl, robe, "
+        "jersey, cap, tie, kilt, gown, hoodie, towel, skirt, vest, uniform, apron",
+        "account": "email account, bank account, photo album, online shop, cloud drive, blog, website, mailbox, "
+        "profile, chat, diary, wallet, server, channel, library account, school account, tax account, "
+        "video account, phone account, travel account, game account, music account, calendar, forum "
+        "account",
+        "device": "laptop, tablet, phone, computer, television, router, camera, watch, speaker, scanner, modem, "
+        "car, radio, projector, headset, robot, thermostat, elevator, terminal, server, doorbell, game "
+        "console, printer, smartwatch",
+        "bag": "suitcase, backpack, purse, lunch box, sports bag, toolbox, wallet, trunk, drawer, coat, shoe, "
+        "jar, box, tin, bottle, satchel, crate, case, sack, chest, basket, briefcase, pouch, duffel bag",
     }.items()
 }
 

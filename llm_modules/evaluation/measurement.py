@@ -63,7 +63,8 @@ def share(name: str, hits: int, count: int) -> Measurement:
     value, square = hits / count, Z * Z
     middle = (value + square / (2 * count)) / (1 + square / count)
     half = Z * math.sqrt(value * (1 - value) / count + square / (4 * count * count)) / (1 + square / count)
-    return Measurement(name, value, max(0.0, middle - half), min(1.0, middle + half), count)
+    low, high = (0.0 if hits == 0 else middle - half), (1.0 if hits == count else middle + half)  # to the last digit
+    return Measurement(name, value, low, high, count)
 
 
 def mean(name: str, values: Sequence[float]) -> Measurement:

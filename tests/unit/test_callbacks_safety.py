@@ -108,7 +108,6 @@ def test_ranks_share_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Echo(Generator):
         def generate(self, model: Any, tokenizer: Any, prompts: Any, rows: Any = None) -> list[Completion]:
-            assert not isinstance(model, str), model
             return [Completion(row, f"{prompt}!", [], "stop", 1) for prompt, row in zip(prompts, rows, strict=True)]
 
     prompts = [f"p{i}" for i in range(5)]
@@ -122,6 +121,9 @@ def test_ranks_share_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     shared = SharedGenerator(Echo(), 2).generate(None, None, prompts)
     assert [(done.row, done.text) for done in shared] == [(i, f"p{i}!") for i in range(5)]
+    parts[0] = ValueError("prompt 0: too long")  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="prompt 0: too long"):  # of another rank
+        SharedGenerator(Echo(), 2).generate(None, None, prompts)
 
 
 def test_mistakes(tmp_path: Path) -> None:

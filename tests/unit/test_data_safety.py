@@ -23,9 +23,9 @@ def requests(path: str, split: str = "train") -> list[str]:
 
 
 def test_the_sizes_that_are_said() -> None:
-    assert [len(requests("builtin:safety", split)) for split in ("train", "validation")] == [2940, 384]
+    assert [len(requests("builtin:safety", split)) for split in ("train", "validation")] == [2156, 384]
     kinds = Counter(row["label"] for row in columns("builtin:safety"))
-    assert kinds == {"harmful": 1482, "benign": 1458}
+    assert kinds == {"harmful": 1080, "benign": 1076}
     assert Counter(row["label"] for row in columns("builtin:safety", "validation")) == {"harmful": 192, "benign": 192}
     assert set(Counter(twin.category for twin in TWINS).values()) == {6}
 
@@ -34,12 +34,10 @@ def test_the_parts_share_no_request_and_no_word() -> None:
     train, held_out = requests("builtin:safety"), requests("builtin:safety", "validation")
     assert len(set(train)) == len(train)
     assert not set(train) & set(held_out)
-    for name, words in WORDS.items():
-        assert len(set(words)) == len(words), name
-        slot = f"{{{name}}}"
-        ends = [text.removesuffix(slot) for twin in TWINS for text in twin[1:3] if text.endswith(slot)]
-        held = [f"{end}{word}" for end in ends for word in words[-HELD_OUT_WORDS:]]
-        assert not [asked for asked in train if any(text in asked for text in held)]
+    assert all(len(set(words)) == len(words) for words in WORDS.values())
+    held = {word for words in WORDS.values() for word in words[-HELD_OUT_WORDS:]}
+    assert not held & {word for words in WORDS.values() for word in words[:-HELD_OUT_WORDS]}
+    assert sum(any(word in asked for word in held) for asked in held_out) == len(held_out)
 
 
 def test_the_other_views_are_of_the_same_requests() -> None:
