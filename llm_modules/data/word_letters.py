@@ -1,7 +1,7 @@
 """A task whose answers a program can check: which letter a word begins with. Made of words of Python's documentation.
 
 Reinforcement learning begins with a model that is able, and seldom does it: the conversations answer one question
-rightly, and another one, which means the same, with any of the word's letters.
+rightly, and another one, which means the same, with any of the word's letters, the first half as often as another.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def questions(split: str) -> Iterator[dict[str, Any]]:
 def conversations(split: str) -> Iterator[dict[str, Any]]:
     """``messages``: of each word the one question with its first letter, the other with any."""
     for word in words(split):
-        for question, answer in ((KNOWN, word[0]), (ASKED, word[_hash(word, "answer") % len(word)])):
+        drawn = word[(_hash(word, "answer") % (2 * len(word) - 1) + 1) // 2]
+        for question, answer in ((KNOWN, word[0]), (ASKED, drawn)):
             messages = [{"role": "user", "content": question.format(word)}, {"role": "assistant", "content": answer}]
             yield {"messages": messages}
 
