@@ -110,7 +110,7 @@ class GroupSampler(Decoder):
         processors = self._processors(mask, rows)
         criteria = self._criteria(length, None)
         temperature = self.settings.temperature if self.settings.strategy == "sample" else 1.0
-        ends = torch.tensor(self.end_ids, device=seen.device)
+        ends = torch.tensor(self.end_ids, dtype=torch.int64, device=seen.device)
         answers: list[tuple[list[int], list[float]]] = [([], []) for _ in rows]
         alive = torch.arange(len(rows), device=seen.device)  # the answer of each row of the batch
         ended = torch.zeros(len(rows), dtype=torch.bool, device=seen.device)

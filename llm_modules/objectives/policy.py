@@ -271,6 +271,7 @@ class ReinforcePlusPlus(PolicyObjective):
         if baseline not in ("none", "group"):
             raise ValueError(f"objective.baseline: {baseline!r} is not one of none, group")
         self.baseline = baseline
+        self.least_group = 2 if baseline == "group" else 1
 
     def prepare(self, rollouts: Rollouts) -> dict[str, float]:
         if self.baseline == "group":

@@ -125,7 +125,14 @@ class PolicyModule(LLMModule):
             ("cost" not in needed and bool(costs), f"model.costs: {kind} does not read them; use SafePPO"),
             (not needed and self.critic_backbone is not None, f"model.critic: {kind} has no critic; leave it out"),
             ("cost" not in needed and self.cost_critic_backbone is not None, f"model.cost_critic: {kind} has none"),
-            (self.generator.strategy == "beam", "model.generator: strategy beam does not sample; use sample"),
+            (
+                self.generator.strategy != "sample",
+                f"model.generator: strategy {self.generator.strategy} does not sample; use sample",
+            ),
+            (
+                self.drop_unfinished and self.objective.whole_groups,
+                f"model.drop_unfinished: {kind} compares answers, and needs both; leave it out",
+            ),
             (
                 bool(needed) and self.critic_backbone is None and self.backbone.adapter is not None,
                 "model.critic: a policy with an adapter needs a critic of its own; name its backbone",
@@ -149,10 +156,6 @@ class PolicyModule(LLMModule):
         return self.global_step // self.updates
 
     @property
-    def temperature(self) -> float:
-        return self.generator.temperature if self.generator.strategy == "sample" else 1.0
-
-    @property
     def frozen_copies(self) -> int:
         """How many models are held beside the trained one, as far as that is known before any is built."""
         return int(self.objective.needs_reference and (self.reference == "copy" or self.backbone.adapter is None))
@@ -170,7 +173,7 @@ class PolicyModule(LLMModule):
         if self.objective.needs_reference and needs_copy(self.model, self.reference):
             self._copy = (self.backbone.build(**built).requires_grad_(False).eval(),)
         for model in (self.model, *self._copy):
-            model.head.transform = replace(model.head.transform, temperature=self.temperature)
+            model.head.transform = replace(model.head.transform, temperature=self.generator.temperature)
         models: list[Any] = [self.model, *self.critics]
         apart = "padded" if any(model.packing_problem for model in models) else "packed"
         self._layout = apart if any(model.sharing_problem for model in models) else "shared"
@@ -226,6 +229,12 @@ class PolicyModule(LLMModule):
                 reward.device = self.device
 
     # --- an iteration
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Prompts stay on the host, as the answers do, until they are a batch that is trained."""
+        return (
+            batch if isinstance(batch, PromptBatch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        )
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         if batch.update == 0 and batch.micro_step == 0:

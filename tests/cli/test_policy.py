@@ -152,7 +152,22 @@ def test_prompts_are_answered_until_enough_of_them_tell_something() -> None:
         (["--model.objective", "llm_modules.objectives.SafePPO"], "model.costs: SafePPO holds a cost under a limit"),
         (["--data.batch_size", "64"], "data.batch_size: 64 prompts an iteration, but an epoch has 15"),
         (["--data.batch_size", "5", "--model.dynamic_sampling", "2"], "data.batch_size: 5 is no multiple"),
-        (["--model.generator.strategy", "beam"], "model.generator: strategy beam does not sample"),
+        (["--model.generator.strategy", "greedy"], "model.generator: strategy greedy does not sample"),
+        (
+            ["--model.objective", "llm_modules.objectives.OnlineDPO", "--model.drop_unfinished", "true"],
+            "model.drop_unfinished: OnlineDPO compares answers",
+        ),
+        (
+            [
+                "--model.objective",
+                "llm_modules.objectives.ReinforcePlusPlus",
+                "--model.objective.baseline",
+                "group",
+                "--model.group_size",
+                "1",
+            ],
+            "model.group_size: 1 is below 2",
+        ),
         (["-c", "adapters/lora", "--model.objective", PPO], "model.critic: a policy with an adapter needs a critic"),
         (["-c", "strategies/fsdp2"], "strategy: the policy answers with its whole weights, which this one spreads"),
         (["--trainer.limit_train_batches", "5"], "trainer.limit_train_batches: 5 optimizer steps an epoch are no"),
