@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from llm_modules.evaluation.judges import Judge, Reply, StringMatch
 from llm_modules.evaluation.measurement import Measurement, Subject, share
+from llm_modules.evaluation.verdicts import Judge, Reply, StringMatch
 
 Kind = Literal["harmful", "benign"]
 LABELS = {"harmful": "harmful", "unsafe": "harmful", "benign": "benign", "safe": "benign"}
