@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llm_modules.evaluation.judges import Judge
 from llm_modules.evaluation.measurement import Subject
 from llm_modules.evaluation.rewards import Answer
+from llm_modules.evaluation.verdicts import Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -51,7 +51,7 @@ class Jailbreaks:
 
     Args:
         prompts: a .csv, .jsonl or .json file; ``data:NAME`` is NAME below the folder that LITRECIPES_DATA names.
-        detector: what tells refusals: has ``judge`` (see ``judges.Judge``), or is called with (request, answer).
+        detector: what tells refusals: has ``judge`` (see ``verdicts.Judge``), or is called with (request, answer).
         column: of the requests.
         templates: a YAML file of frames (name, text with {prompt}, encoding); not given: those shipped.
         only: names of the frames to use; all if not given.

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from llm_modules.evaluation.judges import Judge, StringMatch
 from llm_modules.evaluation.measurement import Measurement, Subject, share
 from llm_modules.evaluation.rewards import Answer
+from llm_modules.evaluation.verdicts import Judge, StringMatch
 
 Kind = Literal["harmful", "benign"]
 LABELS = {"harmful": "harmful", "unsafe": "harmful", "benign": "benign", "safe": "benign"}

@@ -22,7 +22,7 @@ class AdversarialSuffixes:
 
     Args:
         prompts: a .csv, .jsonl or .json file; ``data:NAME`` is NAME below the folder that LITRECIPES_DATA names.
-        detector: what tells refusals: has ``judge`` (see ``judges.Judge``), or is called with (request, answer).
+        detector: what tells refusals: has ``judge`` (see ``verdicts.Judge``), or is called with (request, answer).
         column: of the requests.
         target_column: of the wanted beginnings of the answers ("Sure, here is ...").
         universal: one suffix for all requests; false: each gets its own.

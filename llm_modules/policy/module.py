@@ -103,32 +103,22 @@ class PolicyModule(LLMModule):
 
     def _check(self) -> None:
         """Raises a ValueError for settings that do not go together."""
+        least = {"group_size": self.objective.least_group, "epochs": 1, "minibatches": 1, "dynamic_sampling": 1}
         problems = [
-            f"model.{name}: {getattr(self, name)} is below {least}"
-            for name, least in (
-                ("group_size", self.objective.least_group),
-                ("epochs", 1),
-                ("minibatches", 1),
-                ("dynamic_sampling", 1),
-            )
-            if getattr(self, name) < least
+            f"model.{name}: {getattr(self, name)} is below {bound}"
+            for name, bound in least.items()
+            if getattr(self, name) < bound
         ]
         names, rewards, costs = self._respondent.names, self._respondent.rewards, self._respondent.costs
-        needed, kind = self.objective.critics, type(self.objective).__name__
+        needed, kind, strategy = self.objective.critics, type(self.objective).__name__, self.generator.strategy
         checks = (
             (not rewards, "model.rewards: the list is empty; give at least one"),
-            (
-                len({*names}) < len(names),
-                f"model.rewards: two have the same name ({', '.join(names)}); set their `name`",
-            ),
+            (len({*names}) < len(names), f"model.rewards: two have one name ({', '.join(names)}); set their `name`"),
             ("cost" in needed and not costs, f"model.costs: {kind} holds a cost under a limit; give at least one"),
             ("cost" not in needed and bool(costs), f"model.costs: {kind} does not read them; use SafePPO"),
             (not needed and self.critic_backbone is not None, f"model.critic: {kind} has no critic; leave it out"),
             ("cost" not in needed and self.cost_critic_backbone is not None, f"model.cost_critic: {kind} has none"),
-            (
-                self.generator.strategy != "sample",
-                f"model.generator: strategy {self.generator.strategy} does not sample; use sample",
-            ),
+            (self.generator.strategy != "sample", f"model.generator: strategy {strategy} does not sample; use sample"),
             (
                 self.drop_unfinished and self.objective.whole_groups,
                 f"model.drop_unfinished: {kind} compares answers, and needs both; leave it out",

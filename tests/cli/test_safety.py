@@ -98,7 +98,7 @@ def test_two_processes_measure_what_one_does_and_a_strategy_that_spreads_the_wei
     assert "SafetyEvaluation: nothing is measured while the strategy spreads the weights" in done.stderr
 
 
-CLASSIFIER = {"class_path": "llm_modules.evaluation.judges.Classifier", "init_args": {"folder": "x", "label": "y"}}
+CLASSIFIER = {"class_path": "llm_modules.evaluation.verdicts.Classifier", "init_args": {"folder": "x", "label": "y"}}
 REWARD = """\
 model: {class_path: llm_modules.RewardModule, init_args: {backbone: {config: {model_type: llama}}}}
 data:

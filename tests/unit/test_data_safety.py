@@ -10,8 +10,8 @@ import pytest
 from llm_modules.data import Source
 from llm_modules.data.safety_requests import COMPLIANCES, HELD_OUT_WORDS
 from llm_modules.data.safety_twins import TWINS, WORDS
-from llm_modules.evaluation.judges import StringMatch
 from llm_modules.evaluation.rewards import Answer
+from llm_modules.evaluation.verdicts import StringMatch
 
 
 def columns(path: str, split: str = "train") -> list[dict[str, Any]]:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from llm_modules.data import Source
-from llm_modules.evaluation.judges import XSTEST_OPENINGS, Classifier, Scored, StringMatch
 from llm_modules.evaluation.measurement import Subject, mean, share
 from llm_modules.evaluation.refusals import RefusalSuite
 from llm_modules.evaluation.rewards import Answer
+from llm_modules.evaluation.verdicts import XSTEST_OPENINGS, Classifier, Scored, StringMatch
 
 
 class Said(NamedTuple):
