@@ -1,7 +1,9 @@
-"""Whether reinforcement learning learns: GRPO and PPO on a task that a program checks, over several seeds.
+"""Whether reinforcement learning learns, over several seeds, on a task that a program checks.
 
-``python -m benchmarks.rl [--seeds 1 2 3] [--work FOLDER]``: of each seed `recipes fit -c rl/letters-sft`, then
-`rl/quickstart` and `rl/ppo` from its model; prints the share of right answers to held-out words before and after.
+``python -m benchmarks.rl [--seeds 1 2 3] [--runs grpo ppo safe reward-only] [--work FOLDER]``: of each seed `recipes fit
+-c rl/letters-sft`, unless it is there, then from its model `rl/quickstart` (GRPO), `rl/ppo`,
+`safety/safe-rlhf-quickstart`, and that one with a multiplier that stays next to nothing: PPO on the reward alone, whose
+cost is measured. Printed are the share of right answers and the cost, in the first iteration and of held-out words.
 """
 
 from __future__ import annotations
@@ -16,53 +18,60 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RECIPES = ("rl/quickstart", "rl/ppo")
+SAFE = "safety/safe-rlhf-quickstart"
+RUNS: dict[str, list[str]] = {
+    "grpo": ["rl/quickstart"],
+    "ppo": ["rl/ppo"],
+    "safe": [SAFE],
+    "reward-only": [SAFE, "--model.objective.multiplier", "1e-8", "--model.objective.multiplier_rate", "0"],
+}
+COLUMNS = ("rollout/exact_answer", "val/exact_answer", "rollout/vowel", "val/vowel")
 
 
 def recipes(work: Path, *words: str) -> None:
     """`recipes WORDS` in a process of its own, in the folder ``work``."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "recipes", *words]
     with (work / "log").open("a") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", "recipes", *words], cwd=work, env=environment, stderr=log, stdout=log
-        )
+        done = subprocess.run(command, cwd=work, env=environment, stderr=log, stdout=log)
     if done.returncode:
         raise SystemExit(f"benchmarks: recipes {' '.join(words)} failed (log {work / 'log'})")
 
 
-def column(run: Path, name: str) -> list[float]:
-    with (run / "metrics.csv").open(newline="") as stream:
-        return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
-
-
-def one_seed(work: Path, seed: int) -> dict[str, tuple[float, float, float]]:
-    """Of each recipe: the first reward in training, that of held-out words in the end, and the minutes it took."""
-    work.mkdir(parents=True)
-    recipes(work, "fit", "-c", "rl/letters-sft", "--seed_everything", str(seed))
-    recipes(work, "export", "runs/rl/letters-sft/0", "runs/letters")
-    found = {}
-    for recipe in RECIPES:
-        began = time.perf_counter()
-        recipes(work, "fit", "-c", recipe, "--seed_everything", str(seed), "--trainer.log_every_n_steps", "1")
-        run = work / "runs" / recipe / "0"
-        minutes = (time.perf_counter() - began) / 60
-        found[recipe] = (column(run, "rollout/exact_answer")[0], column(run, "val/exact_answer")[-1], minutes)
-        before, after, _ = found[recipe]
-        print(
-            f"seed {seed} {recipe}: {before:.1%} at first, {after:.1%} of held-out words; {minutes:.1f} min", flush=True
-        )
+def one_run(work: Path, name: str, seed: int) -> dict[str, float]:
+    """The first values in training (``rollout/...``) and the last of held-out words (``val/...``), and minutes."""
+    recipe, *words = RUNS[name]
+    began = time.perf_counter()
+    common = ["--seed_everything", str(seed), "--trainer.log_every_n_steps", "1", "--runs_dir", name]
+    recipes(work, "fit", "-c", recipe, *words, *common)
+    with (work / name / recipe / "0" / "metrics.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    found = {"minutes": (time.perf_counter() - began) / 60}
+    for column in COLUMNS:
+        if values := [float(row[column]) for row in rows if row.get(column)]:
+            found[column] = values[0] if column.startswith("rollout/") else values[-1]
+    print(f"seed {seed} {name}: {', '.join(f'{key} {value:.3f}' for key, value in found.items())}", flush=True)
     return found
+
+
+def one_seed(work: Path, names: list[str], seed: int) -> dict[str, dict[str, float]]:
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "runs" / "letters").is_dir():
+        recipes(work, "fit", "-c", "rl/letters-sft", "--seed_everything", str(seed))
+        recipes(work, "export", "runs/rl/letters-sft/0", "runs/letters")
+    return {name: one_run(work, name, seed) for name in names}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "results" / "rl")
     options = parser.parse_args()
-    found = [one_seed(options.work.absolute() / str(seed), seed) for seed in options.seeds]
-    for recipe in RECIPES:
-        first, last = (statistics.mean(seed[recipe][i] for seed in found) for i in (0, 1))
-        print(f"{recipe}: {first:.1%} to {last:.1%}, mean of {len(found)} seeds")
+    found = [one_seed(options.work.absolute() / str(seed), options.runs, seed) for seed in options.seeds]
+    for name in options.runs:
+        means = {key: statistics.mean(seed[name][key] for seed in found) for key in found[0][name]}
+        print(f"{name}, mean of {len(found)} seeds: {', '.join(f'{key} {value:.3f}' for key, value in means.items())}")
 
 
 if __name__ == "__main__":

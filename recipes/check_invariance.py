@@ -65,7 +65,8 @@ class _Check:
     def __init__(self, args: argparse.Namespace, composed: Composed, folder: Path) -> None:
         self.args = args
         self.folder = folder
-        self.batch_size, self.accumulate = _cut(composed, args.rows)
+        self.prompts = str(composed.values["data"].get("class_path", "")).endswith("PromptDataModule")
+        self.batch_size, self.accumulate = _cut(composed, args.rows, self.prompts)
         backbone = composed.values["model"].get("init_args", {}).get("backbone")
         self.backbone: dict[str, Any] | None = backbone if isinstance(backbone, dict) else None
 
@@ -73,14 +74,15 @@ class _Check:
         """Prints a line for each variant; 1 where one has another gradient."""
         own = Variant(OWN, (self.batch_size, self.accumulate), {}, "")
         kept = {OWN: self._gradient(own)}
-        packing = kept[OWN]["packing"]
-        rows = self.batch_size * self.accumulate
-        print(
-            f"invariance: {rows} rows a step as {self.batch_size} x {self.accumulate}"
-            f"{f', packing {packing}' if packing else ''}; one process, fp32, without dropout"
-        )
+        packing = None if self.prompts else kept[OWN]["packing"]
+        rows = self.batch_size * (1 if self.prompts else self.accumulate)
+        what = f"the answers to {rows} prompts as {self.accumulate} micro-batches" if self.prompts else (
+            f"{rows} rows a step as {self.batch_size} x {self.accumulate}{f', packing {packing}' if packing else ''}"
+        )  # fmt: skip
+        print(f"invariance: {what}; one process, fp32, without dropout")
+        cuts = answer_cuts(own.cut) if self.prompts else row_cuts(rows, own.cut)
         wrong: list[str] = []
-        for variant in variants(rows, own.cut, packing, self.backbone):
+        for variant in [*cuts, *variants(own.cut, packing, self.backbone)]:
             if variant.against not in kept:
                 kept[variant.against] = self._gradient(Variant(variant.against, own.cut, {"data.packing": "batch"}, ""))
             found = self._difference(variant, kept[variant.against])
@@ -119,11 +121,13 @@ class _Check:
         return kept
 
 
-def _cut(composed: Composed, rows: int | None) -> tuple[int, int]:
-    """Rows of a micro-batch, and micro-batches: the recipe's own, or of so many rows."""
+def _cut(composed: Composed, rows: int | None, prompts: bool) -> tuple[int, int]:
+    """Rows of a micro-batch (or prompts of an iteration), and micro-batches: the recipe's own, or of so many rows."""
     init_args = composed.values["data"].get("init_args", composed.values["data"])
     batch_size = init_args.get("batch_size", 8)
     accumulate = composed.values.get("trainer", {}).get("accumulate_grad_batches") or 1
+    if prompts:
+        return rows or batch_size, accumulate
     wanted = rows or max(FEWEST_ROWS, batch_size * accumulate)
     if wanted == batch_size * accumulate:
         return batch_size, accumulate
@@ -131,8 +135,15 @@ def _cut(composed: Composed, rows: int | None) -> tuple[int, int]:
     return size, wanted // size
 
 
-def variants(rows: int, own: tuple[int, int], packing: str | None, backbone: dict[str, Any] | None) -> list[Variant]:
-    """What is compared, of a recipe that cuts its rows as ``own`` and has this packing and backbone."""
+def answer_cuts(own: tuple[int, int]) -> list[Variant]:
+    """Of a recipe of reinforcement learning: the answers of an iteration in other micro-batches."""
+    wrong = "the gradient depends on how answers are cut into micro-batches: something is averaged over a micro-batch"
+    counts = [count for count in (1, 2, 4) if count != own[1]][:2]
+    return [Variant(f"{count} micro-batches", (own[0], count), {}, wrong) for count in counts]
+
+
+def row_cuts(rows: int, own: tuple[int, int]) -> list[Variant]:
+    """The rows of a step, which a recipe cuts as ``own``, in other micro-batches."""
     found = []
     sizes = [size for size in range(1, own[0] + 1) if rows % size == 0 and size != own[0]]
     for size in sorted({sizes[0], sizes[-1]}, reverse=True) if sizes else [2]:
@@ -142,6 +153,12 @@ def variants(rows: int, own: tuple[int, int], packing: str | None, backbone: dic
             f"than with {own[0]} x {own[1]}; something is divided by, or averaged over, a micro-batch"
         )
         found.append(Variant(f"micro-batches of {size}", cut, {}, wrong))
+    return found
+
+
+def variants(own: tuple[int, int], packing: str | None, backbone: dict[str, Any] | None) -> list[Variant]:
+    """What else is compared, of a recipe with this packing and backbone."""
+    found = []
     if packing is not None:
         wrong = "the gradient depends on padding: something scores, or counts, positions that are padding"
         against = OWN if packing == "batch" else "packed"

@@ -124,6 +124,12 @@ class PromptDataModule(TokenDataModule):
         plan, slicing = self.corpus.whole(part, self.packing), self._slicing(self.validation_batch_size)
         return EvaluationLoader(plan, self.corpus.rows, _PromptMaker(self.corpus), slicing)
 
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Prompts stay on the host, as the answers do, until they are a batch that is trained."""
+        return (
+            batch if isinstance(batch, PromptBatch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        )
+
     def audit(self, vocabulary: int | None = None, color: bool | None = None) -> AuditReport:
         report = super().audit(vocabulary, color)
         return _PromptReport(**vars(report))

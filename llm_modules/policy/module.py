@@ -220,12 +220,6 @@ class PolicyModule(LLMModule):
 
     # --- an iteration
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Prompts stay on the host, as the answers do, until they are a batch that is trained."""
-        return (
-            batch if isinstance(batch, PromptBatch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
-        )
-
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         if batch.update == 0 and batch.micro_step == 0:
             with self.trainer.precision_plugin.forward_context():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes.__main__ import main
-from recipes.check_invariance import OWN, variants
+from recipes.check_invariance import OWN, answer_cuts, row_cuts, variants
 
 RECIPE = """\
 tokenizer: builtin:bytes
@@ -99,13 +99,16 @@ def test_padding_that_is_scored(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_compared() -> None:
-    found = {v.title: v for v in variants(12, (4, 3), "batch", {"head": "plain", "activation_checkpointing": 2})}
+    backbone = {"head": "plain", "activation_checkpointing": 2}
+    found = {v.title: v for v in [*row_cuts(12, (4, 3)), *variants((4, 3), "batch", backbone)]}
     assert [v.cut for v in found.values()] == [(3, 4), (1, 12), (4, 3), (4, 3), (4, 3)]
     assert found["padded against packed"].against == OWN
     assert found["head chunked"].overrides == {"model.backbone.head": "chunked"}
     assert found["activation checkpointing off"].overrides == {"model.backbone.activation_checkpointing": False}
-    one = variants(4, (1, 4), None, None)
+    one = [*row_cuts(4, (1, 4)), *variants((1, 4), None, None)]
     assert [v.cut for v in one] == [(2, 2)]
+    assert [v.cut for v in answer_cuts((8, 1))] == [(8, 2), (8, 4)]
+    assert [v.cut for v in answer_cuts((8, 2))] == [(8, 1), (8, 4)]
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,15 @@ def test_rows_that_are_no_prompt(row: dict[str, Any], said: str, capfd: pytest.C
     assert f"prompts.jsonl:2: {said}" in capfd.readouterr().err
 
 
+def test_its_invariance_is_checked(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--model.objective", "llm_modules.objectives.PPO"]
+    assert main(["check", "invariance", "-c", "rl", *words]) == 0
+    said = capfd.readouterr().out
+    assert "invariance: the answers to 4 prompts as 1 micro-batches" in said
+    assert "  4 micro-batches  " in said
+    assert said.endswith("passed\n")
+
+
 def test_a_checkpoint_of_another_length_of_iteration_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "-c", "rl", "--trainer.max_steps", "3"]) == 0
     checkpoint = "runs/rl/0/checkpoints/step-00000003.ckpt"
