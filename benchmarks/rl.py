@@ -1,7 +1,7 @@
 """Whether reinforcement learning learns, over several seeds, on a task that a program checks.
 
-``python -m benchmarks.rl [--seeds 1 2 3] [--runs grpo ppo safe reward-only] [--work FOLDER]``: of each seed `recipes fit
--c rl/letters-sft`, unless it is there, then from its model `rl/quickstart` (GRPO), `rl/ppo`,
+``python -m benchmarks.rl [--seeds 1 2 3] [--runs grpo ppo safe reward-only] [--work FOLDER]``: of each seed `recipes
+fit -c rl/letters-sft`, unless it is there, then from its model `rl/quickstart` (GRPO), `rl/ppo`,
 `safety/safe-rlhf-quickstart`, and that one with a multiplier that stays next to nothing: PPO on the reward alone, whose
 cost is measured. Printed are the share of right answers and the cost, in the first iteration and of held-out words.
 """

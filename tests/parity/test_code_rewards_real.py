@@ -61,5 +61,6 @@ def test_all_of_humaneval(data_folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_of_mbpp(data_folder: Path) -> None:
-    check_mbpp(rows(data_folder / "mbpp/mbpp.jsonl"))
+def test_a_fifth_of_mbpp(data_folder: Path) -> None:
+    """Of all 974 it held on 2026-11-26, in 7 minutes of a busy machine."""
+    check_mbpp(rows(data_folder / "mbpp/mbpp.jsonl")[::5])
