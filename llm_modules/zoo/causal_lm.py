@@ -152,16 +152,11 @@ class CausalLM(nn.Module):
         output = self.hf.get_output_embeddings()
         measured = self.head.entropies(output, hidden_MH, self._head_is_adapted) if entropy else None
         if self._head_is_adapted:
-            logprobs, log_normalizer, mean_logprob = self.head.through(output, hidden_MH, targets_M, statistics)
-            return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router, measured)
-        logprobs, log_normalizer, mean_logprob = self.head(
-            hidden_MH,
-            output.weight,
-            targets_M,
-            getattr(output, "bias", None),
-            statistics=statistics,
-            uniform=uniform,
-        )
+            found = self.head.through(output, hidden_MH, targets_M, statistics)
+        else:
+            how = {"statistics": statistics, "uniform": uniform}
+            found = self.head(hidden_MH, output.weight, targets_M, getattr(output, "bias", None), **how)
+        logprobs, log_normalizer, mean_logprob = found
         return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router, measured)
 
     def _taught(self, part: Slice, max_document: int, teaching: Teaching | None) -> TaughtScores | Tensor:
@@ -370,7 +365,7 @@ class CausalLM(nn.Module):
         return self._description
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """FLOPs of training on a token of a document of ``sequence_length`` tokens (see ``estimate.TokenFlops``)."""
+        """FLOPs of training on a token of a document of so many tokens (see ``estimate.TokenFlops``)."""
         return self.flops.training(sequence_length)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 
@@ -26,6 +27,7 @@ class Terminal:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
         self.pid, self.handle = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's job in the background ignores it
             os.execve(sys.executable, [sys.executable, "-m", "recipes", "generate", *words], environment)
         self.text = ""
 

@@ -88,6 +88,8 @@ def tiny_data(path: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"sources": [{"path": "rows.jsonl"}], "validation_sources": None, "test_sources": None}
     if rows is not TEXT and data["init_args"].get("chat_template") is None:
         arguments["chat_template"] = "chatml"  # the recipe's tokenizer, which is not here, brings one
+    if rows is PROMPTS:
+        arguments["longest_prompt"] = 100
     alone = not data["class_path"].endswith("LabelledDataModule")  # KTO compares the answers of a step
     return {"init_args": {**arguments, "batch_size": 1 if alone else 2}}
 
@@ -114,6 +116,8 @@ def test_two_steps(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         },
         "leave_out": ["ExportFolder"],
     }
+    if compose([str(path)]).values["model"]["class_path"].endswith("PolicyModule"):
+        overlay["model"] = {"init_args": {"generator": {"max_new_tokens": 4}}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(overlay))
     (tmp_path / "backbone.yaml").write_text(yaml.safe_dump(TINY))
     words = ["-c", str(path), "-c", "tiny.yaml", "--model.backbone", "backbone.yaml"]

@@ -134,6 +134,15 @@ def test_two_processes_train_what_one_does() -> None:
             assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-4), name
 
 
+def test_a_strategy_that_spreads_the_weights_is_refused() -> None:
+    command = [sys.executable, "-m", "recipes", "fit", "-c", "rl", "-c", "strategies/fsdp2"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:."}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "strategy: the policy answers with its whole weights, which this one spreads" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_prompts_are_answered_until_enough_of_them_tell_something() -> None:
     words = ["--data.batch_size", "8", "--model.dynamic_sampling", "2", "--trainer.max_steps", "4"]
     assert main(["fit", "-c", "rl", *words]) == 0
@@ -169,7 +178,6 @@ def test_prompts_are_answered_until_enough_of_them_tell_something() -> None:
             "model.group_size: 1 is below 2",
         ),
         (["-c", "adapters/lora", "--model.objective", PPO], "model.critic: a policy with an adapter needs a critic"),
-        (["-c", "strategies/fsdp2"], "strategy: the policy answers with its whole weights, which this one spreads"),
         (["--trainer.limit_train_batches", "5"], "trainer.limit_train_batches: 5 optimizer steps an epoch are no"),
         (["--data.longest_prompt", "64"], "data.longest_prompt: 64 leaves nothing of sequence_length 64"),
     ],
