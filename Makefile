@@ -61,6 +61,7 @@ bench: $(DEV_STAMP) ## against TRL, transformers' Trainer and litgpt; see benchm
 	@$(MAKE) --no-print-directory -C benchmarks litgpt PYTHON=$(PYTHON)
 	@$(BIN)/python -m benchmarks.sft_trl $(ARGS)
 	@$(BIN)/python -m benchmarks.dpo_trl $(ARGS)
+	@$(BIN)/python -m benchmarks.grpo_trl $(ARGS)
 	@$(BIN)/python -m benchmarks.pretrain_peers $(ARGS)
 
 clean: ## caches, not runs/
