@@ -43,9 +43,6 @@ class PromptBatch:
     def tokens(self) -> tuple[int, int]:
         return self.work
 
-    def pin_memory(self) -> PromptBatch:
-        return self
-
     def look_ahead(self, window: Sequence[Any]) -> None:
         """Nothing depends on the others."""
 
@@ -106,11 +103,6 @@ class Rollouts:
         """(A,) places of the answers' last tokens."""
         return self.offsets[1:] - 1
 
-    @property
-    def group_sizes(self) -> Tensor:
-        """(P,) answers to each prompt."""
-        return torch.bincount(self.prompt_of, minlength=len(self.prompts))
-
     def tokens_of(self, answers: Tensor) -> Tensor:
         """Places of the tokens of some answers, in their order."""
         if not len(answers):
@@ -136,7 +128,6 @@ class PolicyBatch(TokenBatch):
         sampled_logprobs: (M,) as they were when the token was drawn.
         reference_logprobs: (M,); None: there is no reference.
         values, returns: (M, C); None: there are no critics.
-        reward: (answers,) fp64.
     """
 
     answers: int = 0
@@ -150,7 +141,6 @@ class PolicyBatch(TokenBatch):
     reference_logprobs: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
-    reward: Tensor | None = None
 
     def counts(self) -> dict[str, float]:
         groups = 0 if self.prompt_of is None else len(self.prompt_of.unique())
@@ -184,7 +174,7 @@ def policy_batch(rollouts: Rollouts, answers: Tensor, layout: str, max_document:
     for name in taken:
         if (values := getattr(rollouts, name)) is not None:
             setattr(batch, name, values[tokens])
-    batch.answers, batch.prompt_of, batch.reward = len(numbers), rollouts.prompt_of[answers], rollouts.reward[answers]
+    batch.answers, batch.prompt_of = len(numbers), rollouts.prompt_of[answers]
     batch.answer_index = torch.repeat_interleave(torch.arange(len(numbers)), sizes)
     batch.rows = rollouts.rows[batch.prompt_of].tolist()
     return batch

@@ -77,6 +77,9 @@ class TokenStore:
         self.values: NDArray[np.float32] | None = None
         if (folder / VALUES).is_file():
             self.values = np.load(folder / VALUES, mmap_mode="r")
+        if (folder / RECORD_OFFSETS).is_file():
+            self.record_offsets: NDArray[np.int64] = np.load(folder / RECORD_OFFSETS, mmap_mode="r")
+            self.records: NDArray[np.uint8] = np.memmap(folder / RECORDS, dtype=np.uint8, mode="r")
         self.trained: NDArray[np.bool_] | None = None
         if self.meta["masked"]:
             self.trained = np.memmap(folder / "trained.bin", dtype=np.bool_, mode="r")
@@ -86,10 +89,8 @@ class TokenStore:
 
     def record(self, document: int) -> Any:
         """The JSON value that came with a document."""
-        start, stop = np.load(self.folder / RECORD_OFFSETS, mmap_mode="r")[document : document + 2]
-        with (self.folder / RECORDS).open("rb") as file:
-            file.seek(start)
-            return json.loads(file.read(stop - start))
+        start, stop = self.record_offsets[document : document + 2]
+        return json.loads(self.records[start:stop].tobytes())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled memory map would carry all of its data to a spawned worker.

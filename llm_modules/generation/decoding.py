@@ -132,14 +132,8 @@ class Decoder:
     def _generate(
         self, prompts: list[list[int]], rows: Sequence[int], streamer: Any, interruption: Interruption | None = None
     ) -> list[list[int]]:
-        device = self.hf.get_input_embeddings().weight.device
-        length = max(map(len, prompts))
-        input_ids = torch.full((len(prompts), length), self.pad_id, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(prompts):
-            input_ids[row, length - len(ids) :] = torch.tensor(ids)
-            attention_mask[row, length - len(ids) :] = 1
-        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+        input_ids, attention_mask = self._padded(prompts)
+        length = input_ids.shape[1]
         sequences = self.hf.generate(
             input_ids,
             attention_mask=attention_mask,  # the positions are counted from it
@@ -149,6 +143,17 @@ class Decoder:
             streamer=streamer,
         )
         return sequences[:, length:].tolist()
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(B, T) ids with padding on the left, and (B, T) 1 where there is none."""
+        device = self.hf.get_input_embeddings().weight.device
+        length = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), length), self.pad_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(prompts):
+            input_ids[row, length - len(ids) :] = torch.tensor(ids)
+            attention_mask[row, length - len(ids) :] = 1
+        return input_ids.to(device), attention_mask.to(device)
 
     def _config(self) -> GenerationConfig:
         settings = self.settings

@@ -143,14 +143,7 @@ class GroupSampler(Decoder):
         """(cache, mask, ids, next logits) of the prompts, each read once and then repeated for its answers."""
         from transformers import DynamicCache
 
-        device = self.hf.get_input_embeddings().weight.device
-        length = max(map(len, prompts))
-        ids = torch.full((len(prompts), length), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :] = torch.tensor(prompt)
-            mask[row, length - len(prompt) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
+        ids, mask = self._padded(prompts)
         cache = DynamicCache(config=self.hf.config)
         logits = self._forward(ids, mask, cache)
         if size > 1:

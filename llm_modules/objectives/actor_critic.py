@@ -51,17 +51,16 @@ class PPO(PolicyObjective):
     ) -> None:
         super().__init__(kl, clip, clip_high)
         checks = (
-            ("kl_target", kl_target is None or (kl_target > 0 and kl > 0), "above 0, with kl above 0"),
-            ("kl_horizon", kl_horizon >= 1, "at least 1"),
-            ("gamma", 0 < gamma <= 1, "above 0 and at most 1"),
-            ("lam", 0 <= lam <= 1, "between 0 and 1"),
-            ("value_clip", value_clip is None or value_clip > 0, "above 0"),
-            ("value_weight", value_weight > 0, "above 0"),
+            ("kl_target", kl_target, kl_target is None or (kl_target > 0 and kl > 0), "above 0, with kl above 0"),
+            ("kl_horizon", kl_horizon, kl_horizon >= 1, "at least 1"),
+            ("gamma", gamma, 0 < gamma <= 1, "above 0 and at most 1"),
+            ("lam", lam, 0 <= lam <= 1, "between 0 and 1"),
+            ("value_clip", value_clip, value_clip is None or value_clip > 0, "above 0"),
+            ("value_weight", value_weight, value_weight > 0, "above 0"),
         )
-        own = locals()
-        for name, holds, allowed in checks:
+        for name, value, holds, allowed in checks:
             if not holds:
-                raise ValueError(f"objective.{name}: {own[name]} is not allowed; it must be {allowed}")
+                raise ValueError(f"objective.{name}: {value} is not allowed; it must be {allowed}")
         self.kl_target, self.kl_horizon, self.gamma, self.lam = kl_target, kl_horizon, gamma, lam
         self.value_clip, self.value_weight, self.normalize = value_clip, value_weight, normalize
         self.kl_in_loss = kl_in_loss
@@ -142,8 +141,7 @@ class SafePPO(PPO):
         multiplier: its first value.
         multiplier_rate: how fast it follows.
         multiplier_max: what it never exceeds.
-        kl, kl_target, kl_horizon, clip, clip_high, gamma, lam, value_clip, value_weight, normalize, kl_in_loss: as of
-            ``PPO``; of the divergence one half is taken off the reward, one half put on the cost.
+        kwargs: as of ``PPO``; of the divergence one half is taken off the reward, one half put on the cost.
     """
 
     critics = ("reward", "cost")
@@ -154,21 +152,9 @@ class SafePPO(PPO):
         multiplier: float = 1.0,
         multiplier_rate: float = 0.1,
         multiplier_max: float = 100.0,
-        kl: float = 0.05,
-        kl_target: float | None = None,
-        kl_horizon: int = 10000,
-        clip: float = 0.2,
-        clip_high: float | None = None,
-        gamma: float = 1.0,
-        lam: float = 0.95,
-        value_clip: float | None = 0.2,
-        value_weight: float = 0.5,
-        normalize: bool = True,
-        kl_in_loss: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            kl, kl_target, kl_horizon, clip, clip_high, gamma, lam, value_clip, value_weight, normalize, kl_in_loss
-        )
+        super().__init__(**kwargs)
         if not math.isfinite(limit):
             raise ValueError(f"objective.limit: {limit} is not allowed; a finite number")
         if not 0 < multiplier <= multiplier_max:
