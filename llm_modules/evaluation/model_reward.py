@@ -141,6 +141,8 @@ class ModelReward(Reward):
             from transformers import AutoModelForSequenceClassification
 
             dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
-            self._model = AutoModelForSequenceClassification.from_pretrained(self.source, dtype=dtype).eval()
+            self._model = AutoModelForSequenceClassification.from_pretrained(
+                self.source, dtype=dtype, use_safetensors=True
+            ).eval()
             self._model.requires_grad_(False)
         return self._model.to(self.device)

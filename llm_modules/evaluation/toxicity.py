@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from llm_modules.evaluation.classifiers import open_classifier
 from llm_modules.evaluation.likelihood import batches, embedding_device
 from llm_modules.evaluation.measurement import Measurement, Subject, mean, prefixed, share
-from llm_modules.evaluation.rows import check_least, nearest, texts
+from llm_modules.evaluation.rows import check_least, texts
 
 
 class Toxicity:
@@ -97,21 +98,8 @@ class Toxicity:
     def _load(self) -> tuple[Any, Any, int]:
         """(model, tokenizer, place of the label); opened when first needed."""
         if self._loaded is None:
-            from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(self.classifier)
-                model = AutoModelForSequenceClassification.from_pretrained(self.classifier).eval()
-            except (OSError, ValueError, KeyError) as error:
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise ValueError(f"classifier: cannot open {self.classifier!r}: {reason}") from error
-            names = {str(name): int(place) for place, name in model.config.id2label.items()}
-            if self.label not in names:
-                raise ValueError(
-                    f"label: {self.label!r} is not allowed; the classifier has {', '.join(names)}"
-                    f"{nearest(self.label, names)}"
-                )
-            self._loaded = model, tokenizer, names[self.label]
+            tokenizer, model, place = open_classifier(self.classifier, self.label, "classifier", "label")
+            self._loaded = model, tokenizer, place
         return self._loaded
 
 

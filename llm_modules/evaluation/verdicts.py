@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from llm_modules.evaluation.classifiers import open_classifier
 from llm_modules.evaluation.rewards import Answer
 
 XSTEST_OPENINGS = (
@@ -125,22 +126,10 @@ class Classifier:
         return found
 
     def _load(self) -> tuple[Any, Any, int]:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            model = AutoModelForSequenceClassification.from_pretrained(self.folder, use_safetensors=True).eval()
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"Classifier.folder: {self.folder!r} cannot be opened as a classifier: {reason}"
-            ) from error
-        names = {str(name): int(place) for place, name in model.config.id2label.items()}
-        if self.label not in names:
-            raise ValueError(f"Classifier.label: {self.label!r} is not a class of {self.folder}: {', '.join(names)}")
+        tokenizer, model, place = open_classifier(self.folder, self.label, "Classifier.folder", "Classifier.label")
         if "max_position_embeddings" in model.config and tokenizer.model_max_length > 10**9:
             tokenizer.model_max_length = model.config.max_position_embeddings
-        self._loaded = (tokenizer, model, names[self.label])
+        self._loaded = (tokenizer, model, place)
         return self._loaded
 
 

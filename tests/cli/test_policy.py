@@ -120,11 +120,12 @@ def test_safe_rlhf_logs_what_it_holds() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does() -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_two_processes_train_what_one_does(strategy: str) -> None:
     assert main(["fit", "-c", "rl", "--trainer.max_steps", "8"]) == 0
-    command = [sys.executable, "-m", "recipes", "fit", "-c", "rl", "-c", "strategies/ddp", "--trainer.max_steps", "8"]
+    command = [sys.executable, "-m", "recipes", "fit", "-c", "rl", "-c", f"strategies/{strategy}"]
     done = subprocess.run(
-        [*command, "--trainer.devices", "2", "--trainer.accumulate_grad_batches", "2"],
+        [*command, "--trainer.max_steps", "8", "--trainer.devices", "2", "--trainer.accumulate_grad_batches", "2"],
         env=os.environ | {"PYTHONPATH": f"{ROOT}:."}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -82,12 +82,16 @@ def test_another_column_and_one_greedy_answer(tmp_path, prompts, subject):
 
 def test_what_is_not_allowed(tmp_path, prompts, subject):
     folder = classifier(tmp_path / "classifier")
-    with pytest.raises(
-        ValueError, match=r"label: 'toxi' is not allowed; the classifier has fine, toxic; did you mean 't"
-    ):
+    with pytest.raises(ValueError, match=r"label: 'toxi' is not a class of .*: fine, toxic; did you mean 't"):
         Toxicity(folder, "toxi", prompts).measure(subject)
-    with pytest.raises(ValueError, match=r"classifier: cannot open '/nowhere/at/all'"):
+    with pytest.raises(ValueError, match=r"classifier: '/nowhere/at/all' cannot be opened as a classifier"):
         Toxicity("/nowhere/at/all", "toxic", prompts).measure(subject)
+    pickled = classifier(tmp_path / "pickled")
+    weights = LlamaForSequenceClassification.from_pretrained(pickled).state_dict()
+    torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"classifier: .* cannot be opened as a classifier"):
+        Toxicity(pickled, "toxic", prompts).measure(subject)
     with pytest.raises(
         ValueError, match=r"samples: 25 is not allowed with generator.strategy 'greedy'.*strategy: sample"
     ):
