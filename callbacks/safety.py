@@ -18,6 +18,7 @@ from callbacks.safety_table import FILE_NAME, as_row, read_table, write_table
 from callbacks.undisturbed import undisturbed
 from llm_modules.evaluation.measurement import Measurement, Subject, Suite
 from llm_modules.generation import Completion, Generator, Prompt
+from llm_modules.strategies.together import together
 
 
 class SafetyEvaluation(Callback):
@@ -137,18 +138,13 @@ class SharedGenerator:
         self, model: Any, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequence[int] | None = None
     ) -> list[Completion]:
         """As ``Generator.generate``; all ranks call it with the same prompts."""
-        if self.ranks == 1:
-            return self.generator.generate(model, tokenizer, prompts, rows)
-        rank, numbers = torch.distributed.get_rank(), list(range(len(prompts)) if rows is None else rows)
-        own: list[Completion] | ValueError
-        try:
-            own = self.generator.generate(model, tokenizer, prompts[rank :: self.ranks], numbers[rank :: self.ranks])
-        except ValueError as error:  # the others wait to hear of it
-            own = error
-        parts: list[Any] = [None] * self.ranks
-        torch.distributed.all_gather_object(parts, own)
-        if (failed := next((part for part in parts if isinstance(part, ValueError)), None)) is not None:
-            raise ValueError(str(failed))
+        rank = torch.distributed.get_rank() if self.ranks > 1 else 0
+        numbers = list(range(len(prompts)) if rows is None else rows)
+
+        def own() -> list[Completion]:
+            return self.generator.generate(model, tokenizer, prompts[rank :: self.ranks], numbers[rank :: self.ranks])
+
+        parts = together(own) if self.ranks > 1 else [own()]
         return [parts[place % self.ranks][place // self.ranks] for place in range(len(prompts))]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_callbacks_outputs import fit, samples
 
 from callbacks import SafetyEvaluation, Samples
@@ -16,7 +18,7 @@ from callbacks.report_page import render
 from callbacks.safety import SharedGenerator
 from callbacks.safety_table import read_table
 from llm_modules.evaluation.measurement import Measurement, Subject, share
-from llm_modules.generation import Generator
+from llm_modules.generation import Completion, Generator
 
 
 class SaysA:
@@ -103,27 +105,33 @@ def test_a_run_that_is_begun_again_begins_its_table_again(tmp_path: Path) -> Non
     assert (tmp_path / "once" / "safety.csv").read_text() == (tmp_path / "twice" / "safety.csv").read_text()
 
 
-def test_ranks_share_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm_modules.generation import Completion
+class Echo(Generator):
+    """Says a prompt again; refuses an empty one."""
 
-    class Echo(Generator):
-        def generate(self, model: Any, tokenizer: Any, prompts: Any, rows: Any = None) -> list[Completion]:
-            return [Completion(row, f"{prompt}!", [], "stop", 1) for prompt, row in zip(prompts, rows, strict=True)]
+    def generate(self, model: Any, tokenizer: Any, prompts: Any, rows: Any = None) -> list[Completion]:
+        if "" in prompts:
+            raise ValueError("a prompt is empty")
+        return [Completion(row, f"{prompt}!", [], "stop", 1) for prompt, row in zip(prompts, rows, strict=True)]
 
-    prompts = [f"p{i}" for i in range(5)]
-    parts = {rank: Echo().generate(None, None, prompts[rank::2], list(range(5))[rank::2]) for rank in (0, 1)}
-    import torch.distributed
 
-    def gather(found: list[Any], own: Any) -> None:
-        found[:] = [parts[0], own]
+def one_of_two_ranks(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
+    shared = SharedGenerator(Echo(), 2)
+    said = [[done.row, done.text] for done in shared.generate(None, None, [f"p{i}" for i in range(5)])]
+    try:
+        shared.generate(None, None, ["p0", ""])  # the second rank's
+    except ValueError as error:
+        said.append(str(error))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
+    torch.distributed.destroy_process_group()
 
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    shared = SharedGenerator(Echo(), 2).generate(None, None, prompts)
-    assert [(done.row, done.text) for done in shared] == [(i, f"p{i}!") for i in range(5)]
-    parts[0] = ValueError("prompt 0: too long")  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="prompt 0: too long"):  # of another rank
-        SharedGenerator(Echo(), 2).generate(None, None, prompts)
+
+@pytest.mark.slow
+def test_ranks_share_the_prompts_and_their_errors(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two_ranks, (str(tmp_path),), nprocs=2)
+    expected: list[Any] = [[i, f"p{i}!"] for i in range(5)]
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [*expected, "a prompt is empty"]
 
 
 def test_mistakes(tmp_path: Path) -> None:
