@@ -168,7 +168,9 @@ class FileJob:
                 has_system = prompt[0]["role"] == "system"
                 prompts.append(prompt if has_system else [*system_message(system), *prompt])
         if preprompt is not None:
-            prompts = [with_preprompt(prompt, preprompt) for prompt in prompts if not isinstance(prompt, str)]
+            talks = [prompt for prompt in prompts if not isinstance(prompt, str)]
+            assert len(talks) == len(prompts)  # a preprompt without a chat template was refused before
+            prompts = [with_preprompt(talk, preprompt) for talk in talks]
         batches = generator.iterate(model, tokenizer, prompts, skip=frozenset(self.done))
         started = time.monotonic()
         first = next(batches)  # whatever is wrong with a prompt is said before the file is touched
