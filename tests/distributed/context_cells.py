@@ -1,12 +1,10 @@
-"""Slices of rows on two ranks against whole rows on each, family by family; a program, so that ranks can run it.
-
-``torchrun --nproc-per-node 2 -m tests.distributed.context_cells OUT``: rank 0 writes the differences, by case.
+"""Slices of rows on two ranks against whole rows on each, family by family: each of two ranks calls
+``main``, and rank 0 writes the differences, by case.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +101,7 @@ def dropout_masks(model: CausalLM, layout: Layout) -> dict[str, bool]:
     return {"inside differs": inside[0] != inside[1], "after is equal": after[0] == after[1]}
 
 
-def main(out: Path) -> None:
+def main(out: str) -> None:
     dist.init_process_group("gloo")
     every = layouts()
     differences = {
@@ -120,10 +118,6 @@ def main(out: Path) -> None:
     dropout = dropout_masks(pair("llama")[0], every["packed"])
     if dist.get_rank() == 0:
         result = {"differences": differences, "dropout": dropout}
-        (out / "context.json").write_text(json.dumps(result))
+        (Path(out) / "context.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

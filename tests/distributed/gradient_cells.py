@@ -1,14 +1,10 @@
-"""The gradients that `recipes check gradients` gathers under one strategy after another, in one launch; a program.
-
-``torchrun --nproc-per-node N -m tests.distributed.gradient_cells CELLS.json OUT``: rank 0 writes ``OUT/<cell>.pt``,
-what ``KeepGradients`` keeps.
+"""The gradients that `recipes check gradients` gathers under one strategy after another, in one group of
+processes, each of which calls ``main``: rank 0 writes ``OUT/<cell>.pt``, what ``KeepGradients`` keeps.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +56,12 @@ def keep(cell: dict[str, Any], world: int, out: Path) -> None:
     trainer.fit(module, datamodule=data)
 
 
-def main(cells: list[dict[str, Any]], out: Path) -> None:
+def main(cells: list[dict[str, Any]], out: str) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         torch.distributed.init_process_group("gloo")
     for cell in cells:
-        keep(cell, world, out)
+        keep(cell, world, Path(out))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # gloo aborts a process that still listens to one that has gone
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

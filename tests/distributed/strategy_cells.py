@@ -1,15 +1,12 @@
-"""Short real runs under one strategy after another, in one launch; a program, so that ranks can run it.
+"""Short real runs under one strategy after another, in one group of processes, each of which calls ``main``.
 
-``torchrun --nproc-per-node N -m tests.distributed.strategy_cells CELLS.json OUT`` trains each cell and rank 0 writes
-``OUT/<cell>.pt``: the losses and gradient norms of each step, and the whole weights after the last, by name; or the one
-line that refuses the cell.
+Rank 0 writes ``OUT/<cell>.pt`` of each cell: the losses and gradient norms of the steps, and the whole weights after
+the last, by name; or the one line that refuses the cell.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +198,7 @@ def train(cell: dict[str, Any], world: int) -> dict[str, Any]:
     return kept | {"weights": whole, "files": files, "absent": absent}
 
 
-def main(cells: list[dict[str, Any]], out: Path) -> None:
+def main(cells: list[dict[str, Any]], out: str) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 or "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
@@ -211,12 +208,8 @@ def main(cells: list[dict[str, Any]], out: Path) -> None:
         except ValueError as error:
             result = {"refused": str(error)}
         if int(os.environ.get("RANK", "0")) == 0:
-            torch.save(result, out / f"{cell['name']}.pt")
+            torch.save(result, Path(out) / f"{cell['name']}.pt")
             print(cell["name"], result.get("losses") or result["refused"], flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # gloo aborts a process that still listens to one that has gone
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +11,10 @@ import torch
 from recipes.check_gradients import ranks_differ
 from recipes.gradient_difference import difference
 from tests.invariance.gradients import write_rows
+from tests.ranks import run_program
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
-ROOT = Path(__file__).parents[2]
 LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "lora_alpha": 8}}
 JOBS: dict[str, dict[str, Any]] = {"lora": {"backbone": {"adapter": LORA}}, "tied": {"model": "qwen3"}}
 CELLS = {
@@ -28,18 +24,7 @@ CELLS = {
 
 
 def run(folder: Path, cells: list[dict[str, Any]], world: int) -> dict[str, Any]:
-    listed = folder / f"cells-{world}.json"
-    listed.write_text(json.dumps(cells))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.distributed.gradient_cells", str(listed), str(folder)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_program("tests.distributed.gradient_cells:main", cells, str(folder), folder=folder, ranks=world, timeout=500)
     return {cell["name"]: torch.load(folder / f"{cell['name']}.pt") for cell in cells}
 
 

@@ -1,24 +1,22 @@
 """Nothing is lost under any strategy: a run killed with SIGKILL twice and continued has the losses of one that was not.
 
 Two processes each; once between two micro-batches, once while a checkpoint is written: as a file or as shards, at once
-or in the background. One launch for all runs (see ``forked_runs``).
+or in the background.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from recipes.__main__ import main
-from tests.distributed.test_resume import RECIPE, ROOT
+from tests.distributed.test_resume import RECIPE
+from tests.ranks import run_command, said
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -66,39 +64,21 @@ def losses(folder: Path) -> list[float]:
         return [float(row["train/loss"]) for row in csv.DictReader(rows) if row.get("train/loss")]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[list[int]]]]:
-    """Per strategy the statuses of: undisturbed; killed in a window; resumed and killed while writing; resumed."""
-    folder, listed = tmp_path_factory.mktemp("killed"), []
-    for name, (form, where) in CELLS.items():
-        words = ["fit", "-c", "recipe.yaml", "-c", f"strategies/{name}", "--trainer.devices", "2"]
-        whole, killed = folder / f"{name}-whole", folder / f"{name}-killed"
-        for place in (whole, killed):
-            write_recipe(place, form)
-        last = ["--ckpt_path", "last"]
-        listed.append({"folder": str(whole), "words": words})
-        listed.append({"folder": str(killed), "words": [*words, *write_kill(killed, "first", "window", 3)]})
-        listed.append({"folder": str(killed), "words": [*words, *write_kill(killed, "second", where, 5), *last]})
-        listed.append({"folder": str(killed), "words": [*words, *last]})
-    (folder / "runs.json").write_text(json.dumps(listed))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.forked_runs", str(folder / "runs.json")],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=590,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    statuses = json.loads(done.stdout.splitlines()[-1])
-    return folder, {name: statuses[4 * i : 4 * i + 4] for i, name in enumerate(CELLS)}
-
-
 @pytest.mark.parametrize("name", CELLS)
-def test_killed_and_resumed(name: str, runs: tuple[Path, dict[str, list[list[int]]]]) -> None:
-    folder, statuses = runs
-    log = "".join(file.read_text()[-1500:] for file in folder.glob(f"{name}-*/rank*.log"))
-    assert statuses[name] == [[0, 0], [-signal.SIGKILL] * 2, [-signal.SIGKILL] * 2, [0, 0]], log
+def test_killed_and_resumed(name: str, tmp_path: Path) -> None:
+    form, where = CELLS[name]
+    folder, words, last = tmp_path, ["fit", "-c", "recipe.yaml", "-c", f"strategies/{name}"], ["--ckpt_path", "last"]
+    words += ["--trainer.devices", "2"]
+    whole, killed = folder / f"{name}-whole", folder / f"{name}-killed"
+    for place in (whole, killed):
+        write_recipe(place, form)
+    statuses = [
+        run_command(whole, words),
+        run_command(killed, [*words, *write_kill(killed, "first", "window", 3)]),
+        run_command(killed, [*words, *write_kill(killed, "second", where, 5), *last]),
+        run_command(killed, [*words, *last]),
+    ]
+    assert statuses == [[0, 0], [-signal.SIGKILL] * 2, [-signal.SIGKILL] * 2, [0, 0]], said(whole) + said(killed)
     expected, found = losses(folder / f"{name}-whole"), losses(folder / f"{name}-killed")
     assert len(expected) == len(found) == STEPS
     assert len(set(expected)) == STEPS

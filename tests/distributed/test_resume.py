@@ -13,13 +13,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from callbacks.metrics_csv import MACHINE_COLUMNS
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import ROOT, run_command, said
 
 RECIPE = """
 seed_everything: 7
@@ -47,7 +47,7 @@ trainer:
 checkpoint: {every_n_steps: 2}
 """
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "packed, 0 workers": {"packing": "documents", "workers": 0, "devices": 1},
     "padded, 2 workers": {"packing": "none", "workers": 2, "devices": 1},
     "packed, 2 workers, two ranks": {"packing": "documents", "workers": 2, "devices": 2},
@@ -75,7 +75,7 @@ def recipes(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def write_recipe(folder: Path, layout: dict[str, object]) -> None:
+def write_recipe(folder: Path, layout: dict[str, Any]) -> None:
     rows = [{"text": f"{i}: " + "abc def ghi jkl "[: 3 + i % 13] * (1 + i % 5)} for i in range(160)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = yaml.safe_load(RECIPE)
@@ -100,10 +100,10 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_recipe(folder, LAYOUTS[request.param])
-    done = recipes(folder, "fit", "-c", "recipe.yaml")
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder, layout = tmp_path_factory.mktemp("undisturbed"), LAYOUTS[request.param]
+    write_recipe(folder, layout)
+    statuses = run_command(folder, ["fit", "-c", "recipe.yaml"], layout["devices"])
+    assert set(statuses) == {0}, said(folder)
     rows = metrics(folder)
     losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
     assert len(losses) >= 10
@@ -114,12 +114,13 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "step"), KILLS)
 def test_killed_and_resumed(undisturbed: tuple[str, list], where: str, step: int, tmp_path: Path) -> None:
-    layout, expected = undisturbed
-    write_recipe(tmp_path, LAYOUTS[layout])
+    name, expected = undisturbed
+    layout = LAYOUTS[name]
+    write_recipe(tmp_path, layout)
     killer = {"class_path": "tests.distributed.kill.Kill", "init_args": {"where": where, "step": step}}
     (tmp_path / "kill.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [killer]}}))
-    killed = recipes(tmp_path, "fit", "-c", "recipe.yaml", "-c", "kill.yaml")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    resumed = recipes(tmp_path, "fit", "-c", "recipe.yaml", "--ckpt_path", "last")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    killed = run_command(tmp_path, ["fit", "-c", "recipe.yaml", "-c", "kill.yaml"], layout["devices"])
+    assert set(killed) == {-signal.SIGKILL}, said(tmp_path)
+    resumed = run_command(tmp_path, ["fit", "-c", "recipe.yaml", "--ckpt_path", "last"], layout["devices"])
+    assert set(resumed) == {0}, said(tmp_path)
     assert metrics(tmp_path) == expected

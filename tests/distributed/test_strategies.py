@@ -1,15 +1,12 @@
 """Every strategy trains what one process trains, and resumes what any other has saved.
 
-The cells of a world size share one launch (importing takes longer than training). With ``LITRECIPES_TABLE=1`` the
+The cells of a world size share one group of processes. With ``LITRECIPES_TABLE=1`` the
 tables of ``llm_modules/strategies/README.md`` are written anew; without, they are checked to name every cell.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,10 @@ import torch
 
 from tests.distributed.strategy_cells import STEPS, STRATEGIES
 from tests.invariance.gradients import write_rows
+from tests.ranks import ROOT, run_program
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
-ROOT = Path(__file__).parents[2]
 README = ROOT / "llm_modules/strategies/README.md"
 LOSS, WEIGHTS = 2e-6, 2e-5
 WORLDS = (1, 2, 4)
@@ -55,21 +52,9 @@ class Launches:
         )
 
     def run(self, cells: list[Cell], timeout: int = 900) -> dict[str, dict[str, Any]]:
-        world = cells[0]["world"]
-        listed = self.folder / f"cells-{cells[0]['name']}.json"
-        listed.write_text(json.dumps(cells))
-        launcher = [sys.executable]
-        if world > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        done = subprocess.run(
-            [*launcher, "-m", "tests.distributed.strategy_cells", str(listed), str(self.folder)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        """Of cells of one world size."""
+        call, folder, world = "tests.distributed.strategy_cells:main", self.folder, cells[0]["world"]
+        run_program(call, cells, str(folder), folder=folder, ranks=world, timeout=timeout)
         return {cell["name"]: torch.load(self.folder / f"{cell['name']}.pt") for cell in cells}
 
 

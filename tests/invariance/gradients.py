@@ -1,12 +1,8 @@
-"""The gradient of one optimizer step of a real run, as a user would start it; also a program, so that ranks can run it.
-
-``python gradients.py SETTINGS.json OUT.pt`` trains one step and rank 0 saves ``{name: gradient}`` before clipping.
-"""
+"""The gradient of one optimizer step of a real run, as a user would start it."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +97,8 @@ def run(settings: dict[str, Any], callbacks: Sequence[Callback] = ()) -> tuple[K
     return gradients, trainer
 
 
-if __name__ == "__main__":
-    kept, finished = run(json.loads(Path(sys.argv[1]).read_text()))
-    if finished.is_global_zero:
-        torch.save(kept.steps, sys.argv[2])
+def save(settings: dict[str, Any], out: str) -> None:
+    """For ranks: rank 0 saves ``{name: gradient}`` of each step, before clipping."""
+    kept, trainer = run(settings)
+    if trainer.is_global_zero:
+        torch.save(kept.steps, out)

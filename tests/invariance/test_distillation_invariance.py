@@ -5,10 +5,6 @@ Bounds of the design: 1e-5 over the whole gradient, 1e-4 for each parameter tens
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from llm_modules.objectives import ForwardKL, GeneralizedJSD, ReverseKL
 from llm_modules.zoo import Backbone
 from tests.invariance.gradients import LLAMA, KeepGradients, write_rows
 from tests.invariance.test_gradient_invariance import assert_same_gradient
+from tests.ranks import run_program
 
 TEACHER = LLAMA | {"hidden_size": 48, "num_hidden_layers": 1}
 LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "lora_alpha": 8}}
@@ -128,14 +125,7 @@ def test_one_process(kind: dict[str, Any], name: str) -> None:
 def test_two_processes(kind: dict[str, Any], tmp_path: Path) -> None:
     settings = {key: value for key, value in kind.items() if key not in ("expected", "logged")} | REFERENCE
     settings |= {"devices": 2, "batch_size": 2, "accumulate": 2, "packing": "batch"}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    subprocess.run(
-        [sys.executable, "-m", __name__, str(tmp_path / "settings.json"), str(tmp_path / "out.pt")],
-        check=True,
-        timeout=300,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    run_program(f"{__name__}:save", settings, str(tmp_path / "out.pt"), folder=tmp_path, timeout=300)
     assert_same_gradient(torch.load(tmp_path / "out.pt")[0], kind["expected"])
 
 
@@ -147,7 +137,8 @@ def test_the_adapter_switched_off_is_the_copy_of_the_base(tmp_path: Path) -> Non
     assert_same_gradient(off[0][0], copy[0][0])
 
 
-if __name__ == "__main__":
-    gradients, _, finished = run(json.loads(Path(sys.argv[1]).read_text()))
+def save(settings: dict[str, Any], out: str) -> None:
+    """For ranks: rank 0 saves what `run` gives."""
+    gradients, _, finished = run(settings)
     if finished.is_global_zero:
-        torch.save(gradients, sys.argv[2])
+        torch.save(gradients, out)

@@ -5,10 +5,6 @@ Bounds of the design: 1e-5 over the whole gradient, 1e-4 for each parameter tens
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.invariance.gradients import run, write_rows
+from tests.ranks import run_program
 
 REFERENCE = {"batch_size": 8, "accumulate": 1, "packing": "none"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -76,15 +73,8 @@ def test_two_processes_with_unequal_token_counts(stage: dict[str, Any], name: st
 
 
 def run_on_ranks(settings: dict[str, Any], tmp_path: Path) -> dict[str, Tensor]:
-    """The gradient of the first step of a run that starts its own ranks."""
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    subprocess.run(
-        [sys.executable, "-m", "tests.invariance.gradients", str(tmp_path / "settings.json"), str(tmp_path / "out.pt")],
-        check=True,
-        timeout=300,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    """The gradient of the first step of a run of two ranks."""
+    run_program("tests.invariance.gradients:save", settings, str(tmp_path / "out.pt"), folder=tmp_path, timeout=300)
     return torch.load(tmp_path / "out.pt")[0]
 
 

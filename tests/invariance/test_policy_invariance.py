@@ -6,9 +6,6 @@ Bounds of the design: 1e-5 over the whole gradient, 1e-4 for each parameter tens
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from llm_modules.zoo import Backbone
 from tests.invariance.gradients import LLAMA, KeepGradients
 from tests.invariance.test_gradient_invariance import assert_same_gradient
 from tests.invariance.test_preference_invariance import LORA, Moved
+from tests.ranks import run_program
 
 OBJECTIVES: dict[str, Any] = {
     "GRPO": partial(GRPO, kl=0.1),
@@ -169,14 +167,8 @@ def test_one_process(objective: dict[str, Any], name: str) -> None:
 @pytest.mark.slow
 def test_two_processes(objective: dict[str, Any], tmp_path: Path) -> None:
     settings = {key: value for key, value in objective.items() if key not in ("expected", "answers")} | REFERENCE
-    (tmp_path / "settings.json").write_text(json.dumps(settings | {"devices": 2, "accumulate": 3}))
-    subprocess.run(
-        [sys.executable, "-m", __name__, str(tmp_path / "settings.json"), str(tmp_path / "out.pt")],
-        check=True,
-        timeout=300,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    settings |= {"devices": 2, "accumulate": 3}
+    run_program(f"{__name__}:save", settings, str(tmp_path / "out.pt"), folder=tmp_path, timeout=300)
     steps, answers = torch.load(tmp_path / "out.pt")
     assert answers[0] == objective["answers"][0]
     for step in range(UPDATES):
@@ -218,7 +210,8 @@ def test_an_answer_is_of_its_prompt_and_seed(tmp_path: Path) -> None:
     assert len({answer.row for answer in seen}) == 2 * PROMPTS
 
 
-if __name__ == "__main__":
-    gradients, said, finished = run(json.loads(Path(sys.argv[1]).read_text()))
+def save(settings: dict[str, Any], out: str) -> None:
+    """For ranks: rank 0 saves what `run` gives."""
+    gradients, said, finished = run(settings)
     if finished.is_global_zero:
-        torch.save((gradients, said), sys.argv[2])
+        torch.save((gradients, said), out)

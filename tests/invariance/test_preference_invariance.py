@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from llm_modules.objectives import BCO, CPO, DPO, KTO, ORPO, BradleyTerry, Label
 from llm_modules.zoo import Backbone
 from tests.invariance.gradients import LLAMA, KeepGradients
 from tests.invariance.test_gradient_invariance import assert_same_gradient
+from tests.ranks import run_program
 
 OBJECTIVES: dict[str, Any] = {
     "DPO": DPO,
@@ -160,14 +158,7 @@ def test_two_processes(objective: dict[str, Any], tmp_path: Path) -> None:
     settings = {key: value for key, value in objective.items() if key != "expected"} | REFERENCE
     reference = "copy" if objective["objective"] == "KTO" else "cached"
     settings |= {"devices": 2, "batch_size": 2, "accumulate": 2, "packing": "batch", "reference": reference}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    subprocess.run(
-        [sys.executable, "-m", __name__, str(tmp_path / "settings.json"), str(tmp_path / "out.pt")],
-        check=True,
-        timeout=300,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    run_program(f"{__name__}:save", settings, str(tmp_path / "out.pt"), folder=tmp_path, timeout=300)
     for found, expected in zip(torch.load(tmp_path / "out.pt"), objective["expected"], strict=True):
         assert_same_gradient(found, expected)
 
@@ -225,7 +216,8 @@ def test_what_cannot_share_a_prompt_computes_it_twice_and_says_so(
     assert caplog.text.count("data.share_prompts: each prompt is computed for both of its answers: virtual tokens") == 1
 
 
-if __name__ == "__main__":
-    gradients, _, finished = run(json.loads(Path(sys.argv[1]).read_text()))
+def save(settings: dict[str, Any], out: str) -> None:
+    """For ranks: rank 0 saves what `run` gives."""
+    gradients, _, finished = run(settings)
     if finished.is_global_zero:
-        torch.save(gradients, sys.argv[2])
+        torch.save(gradients, out)
