@@ -36,7 +36,9 @@ def data_folder() -> Path:
 def shared_extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What DeepSpeed compiles, in half a minute or more, is of all tests, and of the fixtures that modules share."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.getbasetemp() / "torch_extensions"))
+        base = tmp_path_factory.getbasetemp()
+        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(shared / "torch_extensions"))
         yield
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from pathlib import Path
+from typing import Any
 
 _PACKAGES = ("libaio-dev", "g++", "ninja-build")
 _APT = ("apt-get", "-q", "-o", "DPkg::Lock::Timeout=120")
@@ -23,3 +25,40 @@ def install() -> str:
         if done.returncode:
             return f"apt-get {words[0]}: {' '.join((done.stderr or done.stdout).split())[-300:]}"
     return ""
+
+
+_OWN_OF_EACH = ("c_library_name", "c_block_size", "c_io_queue_depth")
+"""Constants that several of DeepSpeed's files define for themselves."""
+
+
+def write_unit(folder: Path) -> Path:
+    """DeepSpeed's files of this operator as one, because each would read torch's headers again: 1.5 minutes of a core
+    instead of 10."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    for name in ("aio", "pin_memory"):
+        shutil.copytree(builder.deepspeed_src_path(f"csrc/{name}"), folder / name)
+    for header in folder.rglob("*.h"):
+        header.write_text("#pragma once\n" + header.read_text())
+    lines = []
+    for number, source in enumerate(builder.sources()):
+        lines += [f"#define {name} {name}_{number}" for name in _OWN_OF_EACH]
+        lines += [f'#include "{Path(source).relative_to("csrc")}"', *(f"#undef {name}" for name in _OWN_OF_EACH)]
+    unit = folder / "unit.cpp"
+    unit.write_text("\n".join(lines) + "\n")
+    return unit
+
+
+def main(unit: str, cells: list[dict[str, Any]], out: str) -> None:
+    """The cells of ``strategy_cells`` with this unit."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    from tests.distributed import strategy_cells
+
+    folder = Path(unit).parent
+    AsyncIOBuilder.sources = lambda self: [unit]
+    AsyncIOBuilder.include_paths = lambda self: [
+        str(folder / name) for name in ("aio/py_lib", "aio/common", "pin_memory")
+    ]
+    strategy_cells.main(cells, out)

@@ -1,6 +1,6 @@
 """ZeRO-3 with states, and weights, in files trains what one process trains; its checkpoints are as all others.
 
-What DeepSpeed swaps with is compiled when it is first used, which takes minutes (seen: 6 to 18 of two cores).
+What DeepSpeed swaps with is compiled when it is first used: here as one unit (see ``libaio.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 
 from llm_modules.strategies.zero import find_deepspeed
 from llm_modules.strategies.zero_nvme import refuse_without_libaio
-from tests.distributed.libaio import install
+from tests.distributed.libaio import install, write_unit
 from tests.distributed.test_strategies import LOSS, STEPS, WEIGHTS, Launches, difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -44,6 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> Results:
     """Of one process, of two that swap, and of one that resumes what they saved."""
     launches = Launches(folder, JOBS)
+    find_deepspeed()
+    launches.program = ("tests.distributed.libaio:main", str(write_unit(folder / "operator")))
 
     def saves(name: str) -> dict[str, Any]:
         return {"name": f"{name} saves", "steps": SAVED_AFTER, "save": str(folder / f"{name}.ckpt")}

@@ -41,6 +41,7 @@ class Launches:
 
     def __init__(self, folder: Path, jobs: dict[str, dict[str, Any]] = JOBS) -> None:
         self.folder, self.jobs = folder, jobs
+        self.program: tuple[str, ...] = ("tests.distributed.strategy_cells:main",)
         self.rows = {stage: str(write_rows(folder, stage, 40)) for stage in ("pretrain", "sft")}
 
     def cell(self, strategy: str, job: str, world: int, **more: Any) -> Cell:
@@ -53,8 +54,8 @@ class Launches:
 
     def run(self, cells: list[Cell], timeout: int = 900) -> dict[str, dict[str, Any]]:
         """Of cells of one world size."""
-        call, folder, world = "tests.distributed.strategy_cells:main", self.folder, cells[0]["world"]
-        run_program(call, cells, str(folder), folder=folder, ranks=world, timeout=timeout)
+        folder, world = self.folder, cells[0]["world"]
+        run_program(*self.program, cells, str(folder), folder=folder, ranks=world, timeout=timeout)
         return {cell["name"]: torch.load(self.folder / f"{cell['name']}.pt") for cell in cells}
 
 
