@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,10 @@ import torch
 import yaml
 
 from recipes.__main__ import main
+from tests.ranks import ROOT, run_command, said
 
 peft = pytest.importorskip("peft")
 
-ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "configs"
 LLAMA = {
     "model_type": "llama",
@@ -257,9 +254,9 @@ def test_two_processes_train_what_one_does(words: list[str]) -> None:
     flags = [word for name in words for word in ("-c", name)]
     flags += ["--trainer.max_steps", "3", "--trainer.precision", "32-true", "--model.backbone.dtype", "float32"]
     one = fit(*flags)
-    command = [sys.executable, "-m", "recipes", "fit", "-c", "tiny", *flags, "-c", "strategies/ddp"]
-    command += ["--trainer.devices", "2", "--trainer.accumulate_grad_batches", "1", "--trainer.val_check_interval", "2"]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    command = ["fit", "-c", "tiny", *flags, "-c", "strategies/ddp", "--trainer.devices", "2"]
+    command += ["--trainer.accumulate_grad_batches", "1", "--trainer.val_check_interval", "2"]
+    assert run_command(Path.cwd(), command) == [0, 0], said(Path.cwd())
     two = Path("runs/tiny/1")
     states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
     assert states[0].keys() == states[1].keys()

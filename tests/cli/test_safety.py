@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from recipes.__main__ import main
+from tests.ranks import run_command, said
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """\
 tokenizer: builtin:bytes
 sequence_length: 128
@@ -76,26 +73,16 @@ def test_a_model_that_learns_to_refuse(capfd: pytest.CaptureFixture[str]) -> Non
     assert json.loads(Path("runs/safe/0/validate.json").read_text())["metrics"][0]["safety/refusal"] == 1.0
 
 
-def fit(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "recipes", "fit", "-c", "safe", "--trainer.max_steps", "30", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does_and_a_strategy_that_spreads_the_weights_says_that_it_does_not() -> None:
     two = ["--trainer.devices", "2", "--data.batch_size", "4"]
-    for words in ([], ["-c", "strategies/ddp", *two], ["-c", "strategies/fsdp2", *two]):
-        done = fit(*words)
-        assert done.returncode == 0, done.stderr
+    for ranks, words in ((1, []), (2, ["-c", "strategies/ddp", *two]), (2, ["-c", "strategies/fsdp2", *two])):
+        fit = ["fit", "-c", "safe", "--trainer.max_steps", "30", *words]
+        assert set(run_command(Path.cwd(), fit, ranks)) == {0}, said(Path.cwd())
     one, both, spread = (Path(f"runs/safe/{number}/safety.csv") for number in range(3))
     assert one.read_text() == both.read_text()
     assert not spread.exists()
-    assert "SafetyEvaluation: nothing is measured while the strategy spreads the weights" in done.stderr
+    assert "SafetyEvaluation: nothing is measured while the strategy spreads the weights" in said(Path.cwd())
 
 
 CLASSIFIER = {"class_path": "llm_modules.evaluation.verdicts.Classifier", "init_args": {"folder": "x", "label": "y"}}
