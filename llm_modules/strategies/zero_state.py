@@ -40,6 +40,15 @@ def zero_weights(model: nn.Module, in_parts: bool = False) -> dict[str, Tensor]:
     return state
 
 
+def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter in the precision that forward passes have it in, on every rank; all ranks call it."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        with _gathered(parameter):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
 def _dealt(whole: Tensor, number: int, in_parts: bool) -> Tensor:
     """A gathered tensor on the CPU; in parts, on one rank only."""
     mine = not in_parts or number % torch.distributed.get_world_size() == torch.distributed.get_rank()
