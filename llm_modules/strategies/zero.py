@@ -170,6 +170,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     def whole_weights(self) -> dict[str, Tensor]:
         """Every parameter as forward passes have it, by name, on every rank; all ranks call it."""
         assert self.lightning_module is not None
+        # Of a step that did not use the weights, DeepSpeed may still be gathering some.
+        self.deepspeed_engine.empty_partition_cache()
         return gathered_weights(self.lightning_module)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
