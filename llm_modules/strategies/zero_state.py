@@ -72,7 +72,8 @@ def load_zero_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: b
             target = own[name]
             with _gathered(target, modify=True):
                 target.data.copy_(weights[name])
-            if isinstance(target, nn.Parameter) and target.requires_grad:
+            stepped = not hasattr(target, "ds_id") or hasattr(target, "_z3_optimizer")  # not to validate or predict
+            if isinstance(target, nn.Parameter) and target.requires_grad and stepped:
                 _set_part(target, weights[name], None, swapped)
 
 

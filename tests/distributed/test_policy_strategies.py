@@ -17,14 +17,16 @@ import yaml
 
 from callbacks.metrics_csv import MACHINE_COLUMNS
 from recipes.__main__ import main
-from tests.cli.test_policy import PPO, RECIPE, REWARDS, ROOT
+from tests.cli.test_policy import PPO, RECIPE, ROOT
 from tests.distributed.test_strategies import LOSS, WEIGHTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 STEPS, MIDDLE = 8, 3
 """Two iterations of four steps; a checkpoint inside of the first."""
+REWARDS = "def letters(answer):\n    return sum(map(ord, answer.text)) % 11 / 10\n"  # two answers seldom have the same
 LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "target_modules": "all-linear"}}
+LAST = f"runs/rl/0/checkpoints/step-{STEPS:08}.ckpt"
 JOBS: dict[str, dict[str, Any]] = {
     "PPO": {"objective": {"class_path": PPO}},  # a critic, and a copy for reference
     "LoRA": {
@@ -33,10 +35,11 @@ JOBS: dict[str, dict[str, Any]] = {
     },
 }
 CELLS = [
-    ("ddp", "PPO"), ("zero2", "PPO"), ("fsdp2", "PPO"), ("zero3", "PPO"), ("fsdp1", "PPO"), ("tp", "PPO"),
-    ("fsdp2", "LoRA"), ("zero3", "LoRA"), ("fsdp1", "LoRA"), ("context", "LoRA"),
-]  # fmt: skip
-RESUMED = [("fsdp2", "PPO"), ("zero3", "PPO"), ("fsdp1", "PPO"), ("fsdp1", "LoRA")]
+    *((strategy, "PPO") for strategy in ("ddp", "zero2", "fsdp2", "tp", "fsdp1", "zero3")),
+    *((strategy, "LoRA") for strategy in ("fsdp2", "fsdp1", "context")),
+]
+RESUMED = [(strategy, "PPO") for strategy in ("fsdp2", "fsdp1", "zero3")]
+ANSWERS = ("zero3", "PPO")
 
 
 def write_recipe(folder: Path, job: str) -> None:
@@ -48,6 +51,7 @@ def write_recipe(folder: Path, job: str) -> None:
     arguments = config["model"]["init_args"]
     arguments["backbone"]["config"]["num_key_value_heads"] = 2
     arguments["backbone"] |= JOBS[job].get("backbone", {})
+    arguments["rewards"][0]["init_args"]["function"] = "own_rewards.letters"
     arguments["objective"] = JOBS[job]["objective"]
     arguments["optimizer"]["init_args"]["lr"] = 1e-3
     config["data"]["init_args"]["cache_dir"] = "cache"
@@ -79,6 +83,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             patch.syspath_prepend(str(folder / job))
             patch.delitem(sys.modules, "own_rewards", raising=False)
             assert main(["fit", "-c", "rl"]) == 0
+            if job == ANSWERS[1]:
+                assert main(["predict", "-c", "rl", "--ckpt_path", LAST]) == 0
     return {job: folder / job for job in JOBS}
 
 
@@ -95,6 +101,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (strategy, job) in RESUMED:
             path = f"runs/rl/0/checkpoints/step-{MIDDLE:08}.ckpt"
             listed.append({"folder": str(place), "words": [*words, "--ckpt_path", path]})
+        if (strategy, job) == ANSWERS:
+            listed.append({"folder": str(place), "words": ["predict", *words[1:], "--ckpt_path", LAST]})
     (folder / "runs.json").write_text(json.dumps(listed))
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.forked_runs", str(folder / "runs.json")],
@@ -102,7 +110,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=590,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -133,3 +141,13 @@ def test_it_goes_on_exactly_inside_of_an_iteration(strategy: str, job: str, both
     assert resumed == whole[MIDDLE:]
     expected, found = (checkpoint(folder, STEPS, run)["state_dict"] for run in (0, 1))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_two_processes_predict_what_one_does(alone: dict[str, Path], both: Path) -> None:
+    expected, found = (
+        sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda row: row["row"])
+        for place in (alone[ANSWERS[1]], both / "-".join(ANSWERS))
+        for file in place.glob("runs/rl/*/predictions.jsonl")
+    )
+    assert len(found) > 1
+    assert found == expected
