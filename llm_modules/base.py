@@ -111,6 +111,10 @@ class LLMModule(LightningModule):
         # Now: a strategy that spreads the weights leaves them without their shapes.
         self._vocabulary = len(self.model.hf.get_input_embeddings().weight)  # type: ignore[arg-type]
         self._kinds = optimizers.parameter_kinds(self)
+        self._spread()
+
+    def _spread(self) -> None:
+        """Under a strategy with a mesh of devices; who has more models spreads those, too."""
         if self._device_mesh is not None:
             spread(self.model, self._device_mesh, self.trainer.strategy)
 
@@ -313,10 +317,9 @@ class LLMModule(LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         """Means over every row of every rank, each with its own denominator."""
-        sums = self._validation.pop(stage, {})
-        names = sorted(sums)
-        if not names:
+        if not (sums := self._validation.pop(stage, {})):
             return
+        names = sorted(sums)
         totals = dict(zip(names, self.sum_over_ranks(torch.stack([sums[n] for n in names])).tolist(), strict=True))
         counts = {name.split("|")[1]: total for name, total in totals.items() if name.endswith("|count")}
         for key, total in totals.items():
@@ -366,8 +369,7 @@ class LLMModule(LightningModule):
         if self.model.adapter is not None:
             self.model.adapter.load_state(saved["adapter"]["state"])
         self._tokens_seen = saved["tokens_seen"]
-        if self.trainer.state.fn == "fit":
-            self._earlier_optimizer = saved.get("optimizer")
+        self._earlier_optimizer = saved.get("optimizer") if self.trainer.state.fn == "fit" else None
 
     def export(
         self, folder: str | Path, info: dict[str, Any] | None = None, weights: dict[str, Tensor] | None = None
@@ -386,7 +388,7 @@ class LLMModule(LightningModule):
         built, model = self._built_with(), self.model
         if weights is not None:
             model = self.backbone.build(sequence_length=self.sequence_length, **built)
-            torch.nn.ModuleDict({"model": model}).load_state_dict(weights)
+            model.load_state_dict({name[6:]: value for name, value in weights.items() if name.startswith("model.")})
         set_end_tokens(model.hf, self.tokenizer)
         if model.adapter is None:
             model.save_pretrained(folder)

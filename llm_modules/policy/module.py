@@ -16,11 +16,13 @@ from llm_modules.base import CHECKPOINT_KEY, LLMModule
 from llm_modules.batch import ObjectiveOutput, Term
 from llm_modules.evaluation.rewards import Reward
 from llm_modules.generation import Generator
-from llm_modules.logprobs import next_token_targets
 from llm_modules.objectives.policy import GRPO, PolicyObjective
 from llm_modules.policy.answers import VALIDATION, Group, Respondent
+from llm_modules.policy.scores import answer_logprobs, answer_values
 from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batch
+from llm_modules.strategies import spread
 from llm_modules.strategies.together import together
+from llm_modules.strategies.whole import WholeModels
 from llm_modules.zoo import Backbone, CausalLM
 from llm_modules.zoo.reference import as_reference, needs_copy
 
@@ -96,6 +98,7 @@ class PolicyModule(LLMModule):
         self._check()
         # In a tuple, so that it is no submodule: neither trained, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
+        self._whole = WholeModels("model", "critics")
         self._rollouts: Rollouts | None = None
         self._micro_batches: list[PolicyBatch] = []
         self._facts: dict[str, float] = {}
@@ -162,11 +165,23 @@ class PolicyModule(LLMModule):
         assert self.model is not None
         if self.objective.needs_reference and needs_copy(self.model, self.reference):
             self._copy = (self.backbone.build(**built).requires_grad_(False).eval(),)
-        for model in (self.model, *self._copy):
-            model.head.transform = replace(model.head.transform, temperature=self.generator.temperature)
+            self._set_temperature(self._copy[0])
         models: list[Any] = [self.model, *self.critics]
         apart = "padded" if any(model.packing_problem for model in models) else "packed"
         self._layout = apart if any(model.sharing_problem for model in models) else "shared"
+
+    def _spread(self) -> None:
+        assert self.model is not None
+        self._set_temperature(self.model)
+        if self._trainer is not None and getattr(self.trainer.strategy, "spreads_weights", False):
+            self._whole.before_spreading(self)
+        super()._spread()
+        if self._device_mesh is not None:
+            for critic in self.critics:
+                spread(critic, self._device_mesh, self.trainer.strategy)
+
+    def _set_temperature(self, model: CausalLM) -> None:
+        model.head.transform = replace(model.head.transform, temperature=self.generator.temperature)
 
     def on_fit_start(self) -> None:
         self._start()
@@ -187,23 +202,33 @@ class PolicyModule(LLMModule):
 
     def on_validation_start(self) -> None:
         self._start()
+        self._whole.fill(self)
+
+    def on_validation_end(self) -> None:
+        self._whole.free()
 
     def on_test_start(self) -> None:
         self._start()
+        self._whole.fill(self)
+
+    def on_test_end(self) -> None:
+        self._whole.free()
+
+    def on_predict_start(self) -> None:
+        self._whole.fill(self)
+
+    def on_predict_end(self) -> None:
+        self._whole.free()
 
     def _start(self) -> None:
         """What was made for one device goes to this one.
 
         Raises:
-            ValueError: data, or a strategy, of another kind.
+            ValueError: data of another kind.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "longest_prompt"):
             raise ValueError(f"data: {type(data).__name__} gives no prompts; use llm_modules.data.PromptDataModule")
-        if getattr(self.trainer.strategy, "spreads_weights", False):
-            raise ValueError(
-                "strategy: the policy answers with its whole weights, which this one spreads; use -c strategies/ddp"
-            )
         room = self.sequence_length - data.longest
         if self.generator.max_new_tokens > room:
             raise ValueError(
@@ -222,7 +247,7 @@ class PolicyModule(LLMModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         if batch.update == 0 and batch.micro_step == 0:
-            with self.trainer.precision_plugin.forward_context():
+            with self._whole.in_place(self), self.trainer.precision_plugin.forward_context():
                 self._rollouts = self._roll_out(batch)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
@@ -241,8 +266,8 @@ class PolicyModule(LLMModule):
     def objective_step(self, batch: Any) -> ObjectiveOutput:
         if isinstance(batch, PromptBatch):
             return self._measure(batch)
-        logprobs = self._logprobs(self.model, batch)
-        values = self._values(batch) if self.critics else None
+        logprobs = answer_logprobs(self.model, batch)
+        values = answer_values(self.critics, batch) if self.critics else None
         if batch.old_logprobs is None:
             batch.old_logprobs = logprobs.detach()
         output = self.objective(batch, logprobs, values)
@@ -251,29 +276,6 @@ class PolicyModule(LLMModule):
         difference = (logprobs.detach() - batch.sampled_logprobs).abs().double()
         output.metrics["sampling_difference"] = (difference.sum(), "tokens")
         return output
-
-    def _logprobs(self, model: Any, batch: PolicyBatch) -> Tensor:
-        """(M,) of the answers' tokens, in their order."""
-        scores = model(
-            batch.input_ids,
-            batch.position_ids,
-            next_token_targets(batch.labels, batch.position_ids),
-            batch.document_offsets,
-            batch.max_document,
-            lengths=batch.lengths,
-            shared_keys=batch.shared_keys,
-            key_offsets=batch.key_offsets,
-        )
-        logprobs: Tensor = scores.logprobs
-        return logprobs
-
-    def _values(self, batch: PolicyBatch) -> Tensor:
-        """(M, C) what the critics expect before each of these tokens."""
-        places = (next_token_targets(batch.labels, batch.position_ids).flatten() >= 0).nonzero().squeeze(-1)
-        layout = (batch.document_offsets, batch.max_document)
-        keys = {"shared_keys": batch.shared_keys, "key_offsets": batch.key_offsets}
-        found = [critic(batch.input_ids, batch.position_ids, places, *layout, **keys) for critic in self.critics]
-        return torch.stack(found, dim=1)
 
     def _deal(self, update: int, accumulate: int) -> list[PolicyBatch]:
         """This rank's micro-batches of an optimizer step, with the counts of their window."""
@@ -303,6 +305,11 @@ class PolicyModule(LLMModule):
 
     # --- answers
 
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """How many share the prompts, and which one this is: all, for each has its models whole."""
+        return self.trainer.world_size, self.global_rank
+
     def _ask(self, batch: PromptBatch, places: Sequence[int], size: int, iteration: int) -> list[Group]:
         return self._respondent.answer(self.model, self.tokenizer, batch, places, size, iteration)
 
@@ -312,7 +319,7 @@ class PolicyModule(LLMModule):
         def ask(places: Sequence[int]) -> list[Group]:
             return self._ask(batch, places, self.group_size, self.iteration)
 
-        rollouts, asked = self._respondent.roll_out(ask, batch, self.replicas, self.dynamic_sampling)
+        rollouts, asked = self._respondent.roll_out(ask, batch, self._ranks, self.dynamic_sampling)
         self._score(rollouts)
         compares = self.group_size > 1 and not self.critics
         self._facts = self._respondent.describe(rollouts, self.iteration, asked, compares)
@@ -326,11 +333,11 @@ class PolicyModule(LLMModule):
         if self.old_logprobs == "rollout":
             rollouts.old_logprobs = rollouts.sampled_logprobs
         elif self.updates > 1 or self.objective.reads_old_logprobs:
-            asked["old_logprobs"] = lambda batch: self._logprobs(self.model, batch)
+            asked["old_logprobs"] = lambda batch: answer_logprobs(self.model, batch)
         if self.objective.needs_reference:
             asked["reference_logprobs"] = self._reference_logprobs
         if self.critics:
-            asked["values"] = self._values
+            asked["values"] = lambda batch: answer_values(self.critics, batch)
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
@@ -342,7 +349,7 @@ class PolicyModule(LLMModule):
 
     def _said(self, rollouts: Rollouts, say: Callable[[PolicyBatch], Tensor]) -> Tensor:
         """Of all tokens, each rank computing a part."""
-        world, rank = self.replicas
+        world, rank = self._ranks
         size = -(-len(rollouts) // (self.minibatches * self.trainer.accumulate_grad_batches * world))
 
         def work() -> list[Tensor]:
@@ -358,13 +365,14 @@ class PolicyModule(LLMModule):
     def _reference_logprobs(self, batch: PolicyBatch) -> Tensor:
         assert self.model is not None
         with as_reference(self.model, self._copy[0] if self._copy else None) as model:
-            return self._logprobs(model, batch)
+            return answer_logprobs(model, batch)
 
     # --- validation, checkpoints
 
     def _measure(self, batch: PromptBatch) -> ObjectiveOutput:
         """One answer to each prompt of validation, sampled as in training; the loss is the reward, negated."""
-        sums = self._respondent.measure(self._ask(batch, range(len(batch.prompts)), 1, VALIDATION))
+        with self._whole.in_place(self):
+            sums = self._respondent.measure(self._ask(batch, range(len(batch.prompts)), 1, VALIDATION))
         found = {name: (self._exact(value), "prompts") for name, value in sums.items()}
         return ObjectiveOutput({"loss": Term(-found["reward"][0], "prompts")}, found)
 
@@ -387,4 +395,5 @@ class PolicyModule(LLMModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of ``batch["prompts"]``, as rows of the predictions file."""
-        return self.generator.predict(self.model, self.tokenizer, batch)
+        with self._whole.in_place(self):
+            return self.generator.predict(self.model, self.tokenizer, batch)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import nn
+from torch import Tensor, nn
 
-from llm_modules.strategies.full_state import WholeCheckpoints, clean_name
+from llm_modules.strategies.full_state import WholeCheckpoints, clean_name, nothing_left_out
 
 
 class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
@@ -51,16 +51,17 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """FSDP1 wants to see every parameter; of a model that keeps only what is trained, the others go afterwards."""
         assert self.lightning_module is not None
-        owner: Any = self.lightning_module.model
-        if not hasattr(owner, "whole_state"):
+        if not hasattr(self.lightning_module.model, "whole_state"):
             return super().lightning_module_state_dict()
         trained = {clean_name(name) for name, p in self.lightning_module.named_parameters() if p.requires_grad}
-        owner.whole_state = True
-        try:
+        with nothing_left_out(self.lightning_module):
             weights = super().lightning_module_state_dict()
-        finally:
-            owner.whole_state = False
         return {name: value for name, value in weights.items() if name in trained}
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """As forward passes have them: FSDP1 casts them itself."""
+        dtype = self.mixed_precision_config.param_dtype if self.mixed_precision_config is not None else None
+        return {name: value.to(dtype or value.dtype) for name, value in super().whole_weights().items()}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """What is trained of a model is small: read whole, for FSDP1 cannot give a part of its parameters."""
@@ -89,7 +90,8 @@ class FSDP1Strategy(WholeCheckpoints, FSDPStrategy):
                 "strategy: FSDP1 cannot train LoRA on stacked experts, whose weights are parts of a flat one; "
                 "use strategies/fsdp2, or target_modules without the experts"
             )
-        blocks: Any = model.model.blocks()  # type: ignore[operator, union-attr]
+        parts: list[Any] = [model.model, *getattr(model, "critics", ())]
+        blocks = [block for part in parts for block in part.blocks()]
         ignored: list[nn.Parameter] = []
         if self.world_size == 1:
             # Nothing is sharded then, and torch loses the parameters of a unit in which none is trained.

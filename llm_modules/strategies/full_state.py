@@ -7,7 +7,8 @@ and number of processes is resumed under any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -131,6 +132,19 @@ def _options(device: torch.device) -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, cpu_offload=device.type != "cpu")
 
 
+@contextmanager
+def nothing_left_out(model: nn.Module) -> Iterator[None]:
+    """Inside, models that keep only what is trained give every parameter (see ``zoo.trained_state``)."""
+    owners: list[Any] = [module for module in model.modules() if hasattr(module, "whole_state")]
+    for owner in owners:
+        owner.whole_state = True
+    try:
+        yield
+    finally:
+        for owner in owners:
+            owner.whole_state = False
+
+
 class WholeCheckpoints:
     """The part of a strategy that makes its checkpoints whole; written and read by the run's CheckpointIO plugin."""
 
@@ -141,6 +155,11 @@ class WholeCheckpoints:
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return full_weights(self.model, self.root_device, self.in_parts)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Every parameter, by name, on every rank and its device; all ranks call it."""
+        with nothing_left_out(self.model):
+            return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))  # type: ignore[return-value]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         own = getattr(optimizer, "_optimizer", optimizer)

@@ -27,6 +27,7 @@ from llm_modules.strategies.zero_nvme import (
 )
 from llm_modules.strategies.zero_operators import say_who_compiles
 from llm_modules.strategies.zero_state import (
+    gathered_weights,
     load_zero_optimizer_state,
     load_zero_weights,
     zero_optimizer_state,
@@ -165,6 +166,13 @@ class ZeroStrategy(DeepSpeedStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
         return zero_weights(self.lightning_module, self.in_parts)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Every parameter as forward passes have it, by name, on every rank; all ranks call it."""
+        assert self.lightning_module is not None
+        # Of a step that did not use the weights, DeepSpeed may still be gathering some.
+        self.deepspeed_engine.empty_partition_cache()
+        return gathered_weights(self.lightning_module)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         assert self.lightning_module is not None

@@ -40,6 +40,15 @@ def zero_weights(model: nn.Module, in_parts: bool = False) -> dict[str, Tensor]:
     return state
 
 
+def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter in the precision that forward passes have it in, on every rank; all ranks call it."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        with _gathered(parameter):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
 def _dealt(whole: Tensor, number: int, in_parts: bool) -> Tensor:
     """A gathered tensor on the CPU; in parts, on one rank only."""
     mine = not in_parts or number % torch.distributed.get_world_size() == torch.distributed.get_rank()
@@ -63,7 +72,8 @@ def load_zero_weights(model: nn.Module, weights: Mapping[str, Tensor], strict: b
             target = own[name]
             with _gathered(target, modify=True):
                 target.data.copy_(weights[name])
-            if isinstance(target, nn.Parameter) and target.requires_grad:
+            stepped = not hasattr(target, "ds_id") or hasattr(target, "_z3_optimizer")  # not to validate or predict
+            if isinstance(target, nn.Parameter) and target.requires_grad and stepped:
                 _set_part(target, weights[name], None, swapped)
 
 

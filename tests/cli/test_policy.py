@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,31 +115,6 @@ def test_safe_rlhf_logs_what_it_holds() -> None:
     assert float(found[0]["rollout/multiplier"]) == 1.0
     assert float(found[-1]["rollout/multiplier"]) != 1.0
     assert {"rollout/cost", "rollout/over_limit", "train/value_cost"} <= set(found[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_two_processes_train_what_one_does(strategy: str) -> None:
-    assert main(["fit", "-c", "rl", "--trainer.max_steps", "8"]) == 0
-    command = [sys.executable, "-m", "recipes", "fit", "-c", "rl", "-c", f"strategies/{strategy}"]
-    done = subprocess.run(
-        [*command, "--trainer.max_steps", "8", "--trainer.devices", "2", "--trainer.accumulate_grad_batches", "2"],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:."}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    alone, both = ([row for row in rows(run) if "train/loss" in row] for run in (0, 1))
-    for one, two in zip(alone, both, strict=True):
-        for name in ("train/grad_norm", "rollout/reward", "rollout/tokens", "train/kl_old"):
-            assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-4), name
-
-
-def test_a_strategy_that_spreads_the_weights_is_refused() -> None:
-    command = [sys.executable, "-m", "recipes", "fit", "-c", "rl", "-c", "strategies/fsdp2"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:."}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2, done.stderr
-    assert "strategy: the policy answers with its whole weights, which this one spreads" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_prompts_are_answered_until_enough_of_them_tell_something() -> None:
