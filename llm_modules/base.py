@@ -388,7 +388,7 @@ class LLMModule(LightningModule):
         built, model = self._built_with(), self.model
         if weights is not None:
             model = self.backbone.build(sequence_length=self.sequence_length, **built)
-            model.load_state_dict({name[6:]: value for name, value in weights.items() if name.startswith("model.")})
+            model.load_state_dict({n[len("model.") :]: w for n, w in weights.items() if n.startswith("model.")})
         set_end_tokens(model.hf, self.tokenizer)
         if model.adapter is None:
             model.save_pretrained(folder)

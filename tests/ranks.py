@@ -67,6 +67,7 @@ def _run(run: dict[str, Any], timeout: float) -> list[int]:
 
 
 def _serve() -> None:
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -95,7 +96,7 @@ def _start(number: int, group: int, port: int, run: dict[str, Any]) -> int:
         return pid
     status = 70
     try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not left behind
+        _end_with_parent()
         os.setpgid(0, group)
         os.chdir(run["folder"])
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -119,6 +120,10 @@ def _start(number: int, group: int, port: int, run: dict[str, Any]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """Reinforcement learning under strategies, on two processes: the answers and weights of one process, and it goes on
-exactly from inside of an iteration. One launch for all runs (see ``forked_runs``)."""
+exactly from inside of an iteration."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ import yaml
 
 from callbacks.metrics_csv import MACHINE_COLUMNS
 from recipes.__main__ import main
-from tests.cli.test_policy import PPO, RECIPE, ROOT
+from tests.cli.test_policy import PPO, RECIPE
 from tests.distributed.test_strategies import LOSS, WEIGHTS
+from tests.ranks import run_command, said
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -92,35 +91,26 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the cells' folders, each trained by two processes; run 1 goes on from the middle of run 0."""
-    folder, listed = tmp_path_factory.mktemp("both"), []
+    folder = tmp_path_factory.mktemp("both")
     for strategy, job in CELLS:
         place = folder / f"{strategy}-{job}"
         write_recipe(place, job)
-        words = ["fit", "-c", "rl", "-c", f"strategies/{strategy}", "--trainer.devices", "2"]
+        words = ["-c", "rl", "-c", f"strategies/{strategy}", "--trainer.devices", "2"]
         words += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "8"]
-        listed.append({"folder": str(place), "words": words})
+        runs = [["fit", *words]]
         if (strategy, job) in RESUMED:
-            path = f"runs/rl/0/checkpoints/step-{MIDDLE:08}.ckpt"
-            listed.append({"folder": str(place), "words": [*words, "--ckpt_path", path]})
+            runs.append(["fit", *words, "--ckpt_path", f"runs/rl/0/checkpoints/step-{MIDDLE:08}.ckpt"])
         if (strategy, job) == ANSWERS:
-            listed.append({"folder": str(place), "words": ["predict", *words[1:], "--ckpt_path", LAST]})
-    (folder / "runs.json").write_text(json.dumps(listed))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.forked_runs", str(folder / "runs.json")],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=590,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+            runs.append(["predict", *words, "--ckpt_path", LAST])
+        for run in runs:
+            assert run_command(place, run) == [0, 0], said(place)
     return folder
 
 
 @pytest.mark.parametrize(("strategy", "job"), CELLS)
 def test_two_processes_train_what_one_does(strategy: str, job: str, alone: dict[str, Path], both: Path) -> None:
     one, two = alone[job], both / f"{strategy}-{job}"
-    assert (two / "runs/rl/0/export").is_dir(), (two / "rank0.log").read_text()[-3000:]
+    assert (two / "runs/rl/0/export").is_dir(), said(two)
     for step in (MIDDLE, 2 * MIDDLE):  # inside of both iterations
         expected, found = (checkpoint(place, step)["litrecipes"]["policy"]["rollouts"] for place in (one, two))
         assert found["answer_ids"].tolist() == expected["answer_ids"].tolist()
@@ -137,7 +127,7 @@ def test_two_processes_train_what_one_does(strategy: str, job: str, alone: dict[
 @pytest.mark.parametrize(("strategy", "job"), RESUMED)
 def test_it_goes_on_exactly_inside_of_an_iteration(strategy: str, job: str, both: Path) -> None:
     folder = both / f"{strategy}-{job}"
-    assert (folder / "runs/rl/1/export").is_dir(), (folder / "rank0.log").read_text()[-3000:]
+    assert (folder / "runs/rl/1/export").is_dir(), said(folder)
     whole, resumed = ([row for row in steps(folder, run) if "train/loss" in row] for run in (0, 1))
     assert resumed == whole[MIDDLE:]
     expected, found = (checkpoint(folder, STEPS, run)["state_dict"] for run in (0, 1))
