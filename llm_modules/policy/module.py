@@ -113,9 +113,15 @@ class PolicyModule(LLMModule):
         names, rewards, costs = self._respondent.names, self._respondent.rewards, self._respondent.costs
         needed, kind, strategy = self.objective.critics, type(self.objective).__name__, self.generator.strategy
         checks = (
-            (not rewards, "model.rewards: the list is empty; give at least one"),
+            (
+                not any(reward.weight for reward in rewards),
+                "model.rewards: none that counts; give at least one of a weight that is not 0",
+            ),
             (len({*names}) < len(names), f"model.rewards: two have one name ({', '.join(names)}); set their `name`"),
-            ("cost" in needed and not costs, f"model.costs: {kind} holds a cost under a limit; give at least one"),
+            (
+                "cost" in needed and not any(cost.weight for cost in costs),
+                f"model.costs: {kind} holds a cost under a limit; give at least one of a weight that is not 0",
+            ),
             ("cost" not in needed and bool(costs), f"model.costs: {kind} does not read them; use SafePPO"),
             (not needed and critic is not None, f"model.critic: {kind} has no critic; leave it out"),
             ("cost" not in needed and cost_critic is not None, f"model.cost_critic: {kind} has none"),
@@ -141,6 +147,11 @@ class PolicyModule(LLMModule):
     @property
     def iteration(self) -> int:
         return self.global_step // self.updates
+
+    @property
+    def all_rewards(self) -> list[Reward]:
+        """Rewards and costs."""
+        return [*self._respondent.rewards, *self._respondent.costs]
 
     @property
     def frozen_copies(self) -> int:
@@ -211,7 +222,7 @@ class PolicyModule(LLMModule):
             )
         for model in self._copy:
             model.to(self.device)
-        for reward in (*self._respondent.rewards, *self._respondent.costs):
+        for reward in self.all_rewards:
             if hasattr(reward, "bind"):
                 reward.bind(self.tokenizer)
             if hasattr(reward, "device"):

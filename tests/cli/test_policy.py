@@ -163,7 +163,8 @@ def test_prompts_are_answered_until_enough_of_them_tell_something() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model.rewards", "[]"], "model.rewards: the list is empty"),
+        (["--model.rewards", "[]"], "model.rewards: none that counts"),
+        (["--model.rewards.0.init_args.weight", "0"], "model.rewards: none that counts"),
         (["--model.group_size", "1"], "model.group_size: 1 is below 2"),
         (["--model.minibatches", "9"], "model.minibatches: 9 optimizer steps of 4 prompts"),
         (["--model.generator.max_new_tokens", "60"], "model.generator.max_new_tokens: 60, but a prompt of"),
