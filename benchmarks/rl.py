@@ -1,9 +1,11 @@
 """Whether reinforcement learning learns, over several seeds, on a task that a program checks.
 
-``python -m benchmarks.rl [--seeds 1 2 3] [--runs grpo ppo safe reward-only] [--work FOLDER]``: of each seed `recipes
-fit -c rl/letters-sft`, unless it is there, then from its model `rl/quickstart` (GRPO), `rl/ppo`,
+``python -m benchmarks.rl [--seeds 1 2 3] [--runs grpo ppo safe reward-only safe-models ...] [--work FOLDER]``: of each
+seed `recipes fit -c rl/letters-sft`, unless it is there, then from its model `rl/quickstart` (GRPO), `rl/ppo`,
 `safety/safe-rlhf-quickstart`, and that one with a multiplier that stays next to nothing: PPO on the reward alone, whose
-cost is measured. Printed are the share of right answers and the cost, in the first iteration and of held-out words.
+cost is measured. The runs named ``...-models`` are of `safety/safe-rlhf-models`, whose two models are trained before,
+unless they are there; ``safe-models-lora`` trains adapters, of the policy and of its critics. Printed are the share of
+right answers and of vowels, and what the models say of them, in the first iteration and of held-out words.
 """
 
 from __future__ import annotations
@@ -19,13 +21,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SAFE = "safety/safe-rlhf-quickstart"
+MODELS = "safety/safe-rlhf-models"
+REWARD_ONLY = ["--model.objective.multiplier", "1e-8", "--model.objective.multiplier_rate", "0"]
 RUNS: dict[str, list[str]] = {
     "grpo": ["rl/quickstart"],
     "ppo": ["rl/ppo"],
     "safe": [SAFE],
-    "reward-only": [SAFE, "--model.objective.multiplier", "1e-8", "--model.objective.multiplier_rate", "0"],
+    "reward-only": [SAFE, *REWARD_ONLY],
+    "safe-models": [MODELS],
+    "safe-models-lora": [MODELS, "-c", "adapters/lora", "--model.optimizer.init_args.lr", "3e-3"],
+    "reward-only-models": [MODELS, *REWARD_ONLY],
 }
-COLUMNS = ("rollout/exact_answer", "val/exact_answer", "rollout/vowel", "val/vowel")
+COLUMNS = [
+    f"{stage}/{name}"
+    for name in ("exact_answer", "vowel", "reward_model", "cost_model")
+    for stage in ("rollout", "val")
+]
 
 
 def recipes(work: Path, *words: str) -> None:
@@ -59,6 +70,10 @@ def one_seed(work: Path, names: list[str], seed: int) -> dict[str, dict[str, flo
     if not (work / "runs" / "letters").is_dir():
         recipes(work, "fit", "-c", "rl/letters-sft", "--seed_everything", str(seed))
         recipes(work, "export", "runs/rl/letters-sft/0", "runs/letters")
+    for kind in ("reward", "cost") if any("models" in name for name in names) else ():
+        if not (work / "runs" / f"letters-{kind}").is_dir():
+            recipes(work, "fit", "-c", f"safety/letters-{kind}", "--seed_everything", str(seed))
+            recipes(work, "export", f"runs/safety/letters-{kind}/0", f"runs/letters-{kind}")
     return {name: one_run(work, name, seed) for name in names}
 
 

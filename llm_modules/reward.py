@@ -15,6 +15,7 @@ from llm_modules.base import LLMModule
 from llm_modules.batch import ObjectiveOutput, PreferenceBatch, RewardScores
 from llm_modules.objectives.reward import BradleyTerry, RewardObjective
 from llm_modules.zoo import Backbone
+from llm_modules.zoo.adapter_config import adapter_config, unmergeable
 
 BINS = 10
 """Of the calibration error, which is of probabilities from 0.5 to 1 and, the pair turned round, from 0 to 0.5."""
@@ -27,7 +28,8 @@ outermost."""
 class RewardModule(LLMModule):
     """A reward model: a language model with a head of one number, which the better of two answers gets more of.
 
-    What is exported opens with transformers' ``AutoModelForSequenceClassification``; its one logit is the score.
+    What is exported opens with transformers' ``AutoModelForSequenceClassification``; its one logit is the score. With
+    an adapter the head is trained whole beside it, and what is exported has the adapter merged into it.
 
     Args:
         backbone: the model: where it comes from and how it is built; a language model, or a reward model to go on with.
@@ -61,6 +63,21 @@ class RewardModule(LLMModule):
 
     def _built_with(self) -> dict[str, Any]:
         return super()._built_with() | {"scalar": self.scalar}
+
+    def configure_model(self) -> None:
+        self.check_before_training(None, "")
+        super().configure_model()
+
+    def check_before_training(self, data: Any, precision: str) -> None:
+        """Raises a ValueError for an adapter that could not be merged into what is exported."""
+        if self.backbone.adapter is None:
+            return
+        config = adapter_config(self.backbone.adapter)
+        if reason := unmergeable(config):
+            raise ValueError(
+                f"backbone.adapter: {type(config).__name__} cannot be merged into the reward model that is exported: "
+                f"{reason}; use -c adapters/lora"
+            )
 
     def scores(self, batch: PreferenceBatch) -> RewardScores:
         """Of each answer, at its last token."""

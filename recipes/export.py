@@ -96,11 +96,12 @@ def _export_adapter(
     from llm_modules.zoo import save_adapted
     from recipes.export_adapter import build
 
-    if args.dtype != "auto" and not args.merge:
+    merge = args.merge or "score" in about["backbone"]  # as whoever scores opens it
+    if args.dtype != "auto" and not merge:
         raise UserError(f"--dtype {args.dtype}: an adapter is written as it was trained; it goes with --merge")
     out = Path(args.out).expanduser()
-    model, backbone = build(about, weights, tokenizer, path, base=args.base, merge=args.merge)
-    if args.merge:
+    model, backbone = build(about, weights, tokenizer, path, base=args.base, merge=merge)
+    if merge:
         if args.dtype != "auto":
             cast(model.hf, args.dtype)
         write(model.hf, tokenizer, {**facts, "base": model.base_name}, out, model.save_pretrained)

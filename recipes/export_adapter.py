@@ -52,6 +52,7 @@ def build(
             seed=kept["seed"],
             precision=kept["precision"],
             dequantize=merge,
+            scalar="score" in about["backbone"],
         ).eval()
     except ValueError as error:
         hint = "" if base or backbone.source is None else "; say where the base is now with --base"

@@ -7,10 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llm_modules.optimizers import multiplies_bfloat16
+from llm_modules.policy import PolicyModule
+from llm_modules.policy.size import answers_together, step_tokens
+from llm_modules.zoo.memory import cache_bytes
 from recipes.compose import Composed
 from recipes.errors import UserError
 
 if TYPE_CHECKING:
+    from llm_modules.zoo.estimate import ModelSummary
     from recipes.cli import RecipeCLI
 
 
@@ -88,25 +92,53 @@ def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
     backbone, length = getattr(cli.model, "backbone", None), getattr(cli.model, "sequence_length", 0)
     if backbone is None:
         return [f"model: {type(cli.model).__name__}"]
+    trainer = cli.trainer
+    tokens = getattr(cli.datamodule, "micro_batch_tokens", getattr(cli.datamodule, "batch_size", 1) * length)
+    trained_share = 1.0 if report is None else report.trained_share
+    if isinstance(cli.model, PolicyModule):  # of answers, which there are none of yet
+        parts = trainer.accumulate_grad_batches * trainer.world_size
+        tokens, trained_share = step_tokens(cli.model, cli.datamodule, parts)
     known = {
         "vocabulary": len(cli.model.tokenizer),
         "sequence_length": length,
-        "tokens": getattr(cli.datamodule, "micro_batch_tokens", getattr(cli.datamodule, "batch_size", 1) * length),
-        "precision": str(cli.trainer.precision),
+        "tokens": tokens,
+        "precision": str(trainer.precision),
     }
-    summary = backbone.summary(
-        **known,
-        optimizer=cli.model.optimizer_factory,
-        trained_share=1.0 if report is None else report.trained_share,
-        accumulate=cli.trainer.accumulate_grad_batches,
-        device=cli.trainer.strategy.root_device.type,
-        scalar=getattr(cli.model, "scalar", False),
-    )
-    weights = summary.memory.weights * (1 + getattr(cli.model, "frozen_copies", 0))  # a reference, beside the model
-    if (teacher := getattr(cli.model, "teacher", None)) is not None:
-        weights += teacher.summary(**known).memory.weights
-    summary = replace(summary, memory=replace(summary.memory, weights=weights))
-    return [*str(summary).splitlines(), *slow_precision(cli.trainer)]
+    training = {
+        "optimizer": cli.model.optimizer_factory,
+        "trained_share": trained_share,
+        "accumulate": trainer.accumulate_grad_batches,
+        "device": trainer.strategy.root_device.type,
+    }
+    summary = whole_summary(cli.model, cli.datamodule, known, training, trainer.world_size)
+    return [*str(summary).splitlines(), *slow_precision(trainer)]
+
+
+def whole_summary(
+    module: Any, data: Any, known: dict[str, Any], training: dict[str, Any], devices: int = 1
+) -> ModelSummary:
+    """What the trained model is, with the memory of all models of the run.
+
+    Args:
+        module: of ours.
+        data: its DataModule.
+        known: arguments of ``Backbone.summary`` that are the same for each of the models.
+        training: those that are of the trained ones.
+        devices: between which prompts are dealt.
+    """
+    summary = module.backbone.summary(**known, **training, scalar=getattr(module, "scalar", False))
+    memory = summary.memory
+    frozen = memory.weights * getattr(module, "frozen_copies", 0)
+    if (teacher := getattr(module, "teacher", None)) is not None:
+        frozen += teacher.summary(**known).memory.weights
+    cache = 0
+    if isinstance(module, PolicyModule):
+        frozen += sum(getattr(reward, "stored_bytes", 0) for reward in module.all_rewards)
+        for critic in module.critics.backbones.values():
+            memory = memory.beside(critic.summary(**known, **training, scalar=True).memory)
+        config = module.backbone.final_config(**{name: known[name] for name in known if name != "tokens"})
+        cache = cache_bytes(config, *answers_together(module, data, devices), known["precision"])
+    return replace(summary, memory=replace(memory, frozen=frozen, cache=cache))
 
 
 def slow_precision(trainer: Any) -> list[str]:

@@ -168,6 +168,8 @@ def _builtin_rows(path: str, split: str) -> Iterable[Mapping[str, Any]]:
     from llm_modules.data import python_docs, safety_requests, word_letters
 
     if path in BUILTIN_LETTERS:
+        if path.endswith(("better", "safer")):
+            return word_letters.pairs(split, "better" if path.endswith("better") else "safer")
         return word_letters.conversations(split) if path.endswith("chat") else word_letters.questions(split)
     if path in BUILTIN_SAFETY:
         what = path.removeprefix("builtin:safety").removeprefix("-")

@@ -30,7 +30,7 @@ BUILTIN_SAFETY = (
     "builtin:safety-compliances",
     "builtin:safety-preferences",
 )
-BUILTIN_LETTERS = ("builtin:letters", "builtin:letters-chat")
+BUILTIN_LETTERS = ("builtin:letters", "builtin:letters-chat", "builtin:letters-better", "builtin:letters-safer")
 BUILTIN = (BUILTIN_TEXT, BUILTIN_CHAT, BUILTIN_PAIRS, *BUILTIN_LETTERS, *BUILTIN_SAFETY)
 
 SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 SHORTEST, LONGEST = 3, 9
+VOWELS = "aeiou"
 HELD_OUT = 10
 """One word in so many is held out."""
 
@@ -44,6 +45,34 @@ def conversations(split: str) -> Iterator[dict[str, Any]]:
         for question, answer in ((KNOWN, word[0]), (ASKED, drawn)):
             messages = [{"role": "user", "content": question.format(word)}, {"role": "assistant", "content": answer}]
             yield {"messages": messages}
+
+
+def pairs(split: str, about: Literal["better", "safer"]) -> Iterator[dict[str, Any]]:
+    """Pairs of answers to both questions: ``chosen`` and ``rejected``.
+
+    Args:
+        about: ``better``: the right letter, and another one: of the word, and what another word begins with, so that
+            no letter is better by itself; ``safer``: a consonant, and a vowel, which counts as harm (``chosen_safe``,
+            ``rejected_safe``).
+    """
+    known = words(split)
+    for word in known:
+        letters = sorted(set(word))
+        consonants = [letter for letter in letters if letter not in VOWELS]
+        vowels = [letter for letter in letters if letter in VOWELS]
+        for question in (KNOWN, ASKED):
+            row = {"prompt": question.format(word)}
+            if about == "better":
+                for kind, others in (("word", letters), ("other", [other[0] for other in known])):
+                    if wrong := [letter for letter in others if letter != word[0]]:  # `aaa` has none
+                        yield row | {"chosen": word[0], "rejected": _drawn(wrong, word, f"{question} {kind}")}
+            elif consonants and vowels:
+                row |= {"chosen": _drawn(consonants, word, question), "rejected": _drawn(vowels, word, question)}
+                yield row | {"chosen_safe": True, "rejected_safe": False}
+
+
+def _drawn(letters: list[str], word: str, purpose: str) -> str:
+    return letters[_hash(word, purpose) % len(letters)]
 
 
 def _hash(word: str, purpose: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm_modules.evaluation.rewards import Answer, Reward, RowError, each
@@ -45,6 +46,11 @@ class ModelReward(Reward):
         self.device: Any = "cpu"
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._model: Any = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of its weights, as they are stored; 0 where the model is not a folder here."""
+        return sum(file.stat().st_size for file in Path(self.source).expanduser().glob("*.safetensors"))
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Checks the model, before any weight is read, against the tokenizer of the policy that is trained.

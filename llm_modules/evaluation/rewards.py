@@ -60,14 +60,14 @@ class Reward:
     """One number for each answer; override ``score``.
 
     Args:
-        weight: factor in the sum of rewards; negative: a penalty.
+        weight: factor in the sum of rewards; negative: a penalty; 0: logged, and counts for nothing.
         name: under which it is logged; None: the class's name, ``NumericAnswer`` as ``numeric_answer``.
     """
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         self.name = name or WORDS.sub("_", type(self).__name__).lower()
-        if not math.isfinite(weight) or weight == 0:
-            raise ValueError(f"rewards.{self.name}.weight: {weight} is not allowed; allowed: a finite number, not 0")
+        if not math.isfinite(weight):
+            raise ValueError(f"rewards.{self.name}.weight: {weight} is not allowed; allowed: a finite number")
         self.weight = weight
 
     def score(self, answers: Sequence[Answer]) -> Sequence[float]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,15 +18,15 @@ from llm_modules.evaluation.rewards import Reward
 from llm_modules.generation import Generator
 from llm_modules.objectives.policy import GRPO, PolicyObjective
 from llm_modules.policy.answers import VALIDATION, Group, Respondent
-from llm_modules.policy.scores import answer_logprobs, answer_values
+from llm_modules.policy.checks import Reference, check_settings
+from llm_modules.policy.critics import Critics
+from llm_modules.policy.scores import answer_logprobs
 from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batch
 from llm_modules.strategies import spread
 from llm_modules.strategies.together import together
 from llm_modules.strategies.whole import WholeModels
 from llm_modules.zoo import Backbone, CausalLM
 from llm_modules.zoo.reference import as_reference, needs_copy
-
-Reference = Literal["auto", "base", "copy"]
 
 
 class PolicyModule(LLMModule):
@@ -52,7 +52,7 @@ class PolicyModule(LLMModule):
             ``rollout``, which saves a forward pass.
         generator: how answers are sampled; None: at temperature 1, half of sequence_length long at most.
         critic: the model that expects rewards, where the objective has one; None: the backbone, with a head of one
-            number.
+            number that is trained whole, and with an adapter of the same kind where the backbone has one.
         cost_critic: the same of costs; None: as ``critic``.
         reference: what the objective compares with, where it needs that: ``base``: the model without its adapter;
             ``copy``: a frozen copy of the model; ``auto``: the base where there is an adapter that leaves it as it is.
@@ -92,10 +92,10 @@ class PolicyModule(LLMModule):
         self.old_logprobs = old_logprobs
         self.generator = generator or Generator(strategy="sample", max_new_tokens=sequence_length // 2, batch_size=64)
         self._respondent = Respondent(self.generator, rewards, costs or [], seed)
-        self.critic_backbone, self.cost_critic_backbone = critic, cost_critic
         self.reference = reference
-        self.critics = nn.ModuleList()
-        self._check()
+        check_settings(self, critic, cost_critic)
+        own = {"reward": ("critic", critic or backbone), "cost": ("cost_critic", cost_critic or critic or backbone)}
+        self.critics = Critics(dict(own[name] for name in self.objective.critics))
         # In a tuple, so that it is no submodule: neither trained, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
         self._whole = WholeModels("model", "critics")
@@ -103,39 +103,6 @@ class PolicyModule(LLMModule):
         self._micro_batches: list[PolicyBatch] = []
         self._facts: dict[str, float] = {}
         self._layout = ""
-
-    def _check(self) -> None:
-        """Raises a ValueError for settings that do not go together."""
-        least = {"group_size": self.objective.least_group, "epochs": 1, "minibatches": 1, "dynamic_sampling": 1}
-        problems = [
-            f"model.{name}: {getattr(self, name)} is below {bound}"
-            for name, bound in least.items()
-            if getattr(self, name) < bound
-        ]
-        names, rewards, costs = self._respondent.names, self._respondent.rewards, self._respondent.costs
-        needed, kind, strategy = self.objective.critics, type(self.objective).__name__, self.generator.strategy
-        checks = (
-            (not rewards, "model.rewards: the list is empty; give at least one"),
-            (len({*names}) < len(names), f"model.rewards: two have one name ({', '.join(names)}); set their `name`"),
-            ("cost" in needed and not costs, f"model.costs: {kind} holds a cost under a limit; give at least one"),
-            ("cost" not in needed and bool(costs), f"model.costs: {kind} does not read them; use SafePPO"),
-            (not needed and self.critic_backbone is not None, f"model.critic: {kind} has no critic; leave it out"),
-            ("cost" not in needed and self.cost_critic_backbone is not None, f"model.cost_critic: {kind} has none"),
-            (self.generator.strategy != "sample", f"model.generator: strategy {strategy} does not sample; use sample"),
-            (
-                self.drop_unfinished and self.objective.whole_groups,
-                f"model.drop_unfinished: {kind} compares answers, and needs both; leave it out",
-            ),
-            (
-                bool(needed) and self.critic_backbone is None and self.backbone.adapter is not None,
-                "model.critic: a policy with an adapter needs a critic of its own; name its backbone",
-            ),
-        )
-        problems += [problem for holds, problem in checks if holds]
-        if self.reference not in get_args(Reference):
-            problems.append(f"model.reference: {self.reference!r} is not one of {', '.join(get_args(Reference))}")
-        if problems:
-            raise ValueError("; ".join(problems))
 
     # --- building
 
@@ -149,18 +116,25 @@ class PolicyModule(LLMModule):
         return self.global_step // self.updates
 
     @property
+    def all_rewards(self) -> list[Reward]:
+        """Rewards and costs."""
+        return [*self._respondent.rewards, *self._respondent.costs]
+
+    @property
     def frozen_copies(self) -> int:
         """How many models are held beside the trained one, as far as that is known before any is built."""
         return int(self.objective.needs_reference and (self.reference == "copy" or self.backbone.adapter is None))
+
+    def check_before_training(self, data: Any, precision: str) -> None:
+        """Raises a ValueError for critics that cannot be built, before weights are loaded."""
+        self.critics.check(vocabulary=len(self.tokenizer), sequence_length=self.sequence_length, precision=precision)
 
     def configure_model(self) -> None:
         if self.model is not None:
             return
         built = {"sequence_length": self.sequence_length, **self._built_with()}
-        first = self.critic_backbone or self.backbone
-        backbones = {"reward": first, "cost": self.cost_critic_backbone or first}
-        # Before the policy: base.py asks then what kinds of parameters there are.
-        self.critics = nn.ModuleList(backbones[name].build(scalar=True, **built) for name in self.objective.critics)
+        self.check_before_training(None, built["precision"])
+        self.critics.build(**built)  # before the policy: base.py asks then what kinds of parameters there are
         super().configure_model()
         assert self.model is not None
         if self.objective.needs_reference and needs_copy(self.model, self.reference):
@@ -237,7 +211,7 @@ class PolicyModule(LLMModule):
             )
         for model in self._copy:
             model.to(self.device)
-        for reward in (*self._respondent.rewards, *self._respondent.costs):
+        for reward in self.all_rewards:
             if hasattr(reward, "bind"):
                 reward.bind(self.tokenizer)
             if hasattr(reward, "device"):
@@ -267,7 +241,7 @@ class PolicyModule(LLMModule):
         if isinstance(batch, PromptBatch):
             return self._measure(batch)
         logprobs = answer_logprobs(self.model, batch)
-        values = answer_values(self.critics, batch) if self.critics else None
+        values = self.critics.values(batch) if self.critics else None
         if batch.old_logprobs is None:
             batch.old_logprobs = logprobs.detach()
         output = self.objective(batch, logprobs, values)
@@ -337,7 +311,7 @@ class PolicyModule(LLMModule):
         if self.objective.needs_reference:
             asked["reference_logprobs"] = self._reference_logprobs
         if self.critics:
-            asked["values"] = lambda batch: answer_values(self.critics, batch)
+            asked["values"] = lambda batch: self.critics.values(batch)
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
@@ -382,6 +356,7 @@ class PolicyModule(LLMModule):
             "objective": self.objective.state_dict(),
             "rollouts": None if self._rollouts is None else self._rollouts.state(),
             "facts": self._facts,
+            "critics": self.critics.state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -392,6 +367,7 @@ class PolicyModule(LLMModule):
         self.objective.load_state_dict(saved["objective"])
         self._rollouts = None if saved["rollouts"] is None else Rollouts(**saved["rollouts"])
         self._facts = saved["facts"]
+        self.critics.load_state(saved["critics"])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of ``batch["prompts"]``, as rows of the predictions file."""

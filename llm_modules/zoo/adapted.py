@@ -21,10 +21,10 @@ from llm_modules.zoo.causal_lm import BASE_FILE, BASE_FOLDER, CausalLM
 from llm_modules.zoo.configuration import local_folder, with_room
 from llm_modules.zoo.description import config_values, describe_difference
 from llm_modules.zoo.quantization import check_layers, dequantize, quantizable, quantize, quantized_bytes
-from llm_modules.zoo.weights import weights_digest
+from llm_modules.zoo.weights import cast_parameters, weights_digest
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_modules.zoo.backbone import Backbone
 
@@ -108,14 +108,24 @@ def memory_of_base(backbone: Backbone, config: PretrainedConfig, parameters: int
 
 
 def adapt(
-    backbone: Backbone, model: CausalLM, *, tokens: int, seed: int, precision: str, dequantize: bool = False
+    backbone: Backbone,
+    model: CausalLM,
+    base: dict[str, Any],
+    *,
+    seed: int,
+    precision: str,
+    dequantize: bool = False,
 ) -> None:
-    """Freeze, quantize and adapt a model that was just built, in place. Arguments and errors: ``Backbone.build``."""
+    """Freeze, quantize and adapt a model that was just built, in place.
+
+    Args:
+        base: what its weights are (``base_of``).
+        seed, precision, dequantize: as of ``Backbone.build``, whose errors are raised.
+    """
     from llm_modules.zoo.backbone import TRUE_PRECISION
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    base = _base(backbone, model, seed=seed)
     if backbone.adapter is not None:
         _check_base(backbone.adapter, base)
         _try(backbone, model)
@@ -136,7 +146,7 @@ def _quantize(backbone: Backbone, model: CausalLM, precision: str, back: bool) -
         dequantize(model.hf)
 
 
-def _base(backbone: Backbone, model: CausalLM, *, seed: int) -> dict[str, Any]:
+def base_of(backbone: Backbone, hf: PreTrainedModel, *, seed: int) -> dict[str, Any]:
     """What the weights under an adapter are, in plain values: kept in checkpoints and in the adapter's folder."""
     source = None
     if backbone.source is not None:
@@ -145,12 +155,12 @@ def _base(backbone: Backbone, model: CausalLM, *, seed: int) -> dict[str, Any]:
     untouched = backbone.pretrained
     if untouched:  # no overrides that matter, and no rows for new tokens
         stored = replace(backbone, config=None).model_config(vocabulary=0)
-        untouched = config_values(stored) == config_values(model.hf.config)
+        untouched = config_values(stored) == config_values(hf.config)
     return {
         "source": source,
         "seed": None if backbone.pretrained else seed,
-        "digest": weights_digest(model.hf),
-        "dtype": str(model.hf.get_output_embeddings().weight.dtype).removeprefix("torch."),
+        "digest": weights_digest(hf),
+        "dtype": str(hf.get_output_embeddings().weight.dtype).removeprefix("torch."),
         "as_it_is": bool(untouched),
         "quantization": backbone.quantization,
     }
@@ -206,17 +216,45 @@ def save_adapted(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     precision: str,
+    scalar: bool = False,
 ) -> None:
     """Write an adapter's folder, and into its ``base/`` the base where it is nowhere else.
+
+    Of a reward model, the ordinary folder with the adapter merged into it: its head was trained, too, and whoever
+    scores opens classifiers.
 
     Args:
         folder: made if missing.
         place: where the folder will lie in the end, if it is renamed.
-        tokenizer, seed, precision: what the model was built with.
+        tokenizer, seed, precision, scalar: what the model was built with.
+
+    Raises:
+        ValueError: a reward model's adapter cannot be merged.
     """
+    if scalar:
+        merged(model, backbone, tokenizer=tokenizer, seed=seed, precision=precision).save_pretrained(folder)
+        return
     model.save_adapter(folder, place)
     assert model.base is not None
     if not model.base["as_it_is"]:
         bare = replace(backbone, adapter=None, quantization=None, compile=False, activation_checkpointing=False)
         base = bare.build(tokenizer=tokenizer, sequence_length=1, seed=seed, precision=precision)
         base.save_pretrained(Path(folder) / BASE_FOLDER)
+
+
+def merged(
+    model: CausalLM, backbone: Backbone, *, tokenizer: PreTrainedTokenizerBase, seed: int, precision: str
+) -> CausalLM:
+    """A reward model in fp32 with its adapter merged into it; the given one stays as it is. Arguments and errors:
+    ``save_adapted``."""
+    plain = replace(backbone, compile=False, activation_checkpointing=False)
+    whole = plain.build(
+        tokenizer=tokenizer, sequence_length=1, seed=seed, precision=precision, dequantize=True, scalar=True
+    )
+    assert whole.adapter is not None
+    assert model.adapter is not None
+    whole.load_state_dict(model.state_dict())
+    whole.adapter.load_state(model.adapter.state())
+    cast_parameters(whole.hf, torch.float32)
+    whole.adapter.merge()
+    return whole

@@ -47,6 +47,9 @@ _VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 
 _DEFAULT_VIRTUAL_TOKENS = 20
 
+LIBRARY_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
+"""What peft raises for a value that does not go with the model."""
+
 
 def adapter_config(given: dict[str, Any] | str) -> PeftConfig | BottleneckConfig:
     """A new config of what ``backbone.adapter`` says: a class and its arguments, or the folder of a trained adapter.
@@ -214,6 +217,13 @@ def changes_base(config: Any) -> bool:
 def keeps_base(config: Any) -> bool:
     """Whether the model with the adapter switched off is the one that it was put into, also after training."""
     return not changes_base(config) and getattr(config, "bias", "none") == "none"  # else the base's biases are trained
+
+
+def unmergeable(config: Any) -> str | None:
+    """Why an adapter of this kind cannot be put into the base's weights, as far as that is known of it; or None."""
+    if kind_of(config) == KIND:
+        return "it is not linear in what it is given"
+    return "its virtual tokens are no weights of the base" if virtual_tokens(config) else None
 
 
 def name_targets(config: Any, hf: PreTrainedModel) -> None:

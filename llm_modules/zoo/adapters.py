@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from llm_modules.zoo import adalora, bottleneck
-from llm_modules.zoo.adapter_config import adapter_config, changes_base, kind_of, name_targets, one_line, virtual_tokens
+from llm_modules.zoo.adapter_config import (
+    LIBRARY_ERRORS,
+    adapter_config,
+    changes_base,
+    kind_of,
+    name_targets,
+    one_line,
+    unmergeable,
+    virtual_tokens,
+)
 from llm_modules.zoo.weights import fixed_seed
 
 if TYPE_CHECKING:
@@ -26,9 +35,6 @@ if TYPE_CHECKING:
 
 _NAME = "default"
 """peft's name of the adapter: it is written without a folder of its own."""
-
-LIBRARY_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
-"""What peft raises for a value that does not go with the model."""
 
 
 class Adapter:
@@ -297,12 +303,7 @@ class Adapter:
         Raises:
             ValueError: the method cannot be merged.
         """
-        reason = None
-        if self.kind == bottleneck.KIND:
-            reason = "it is not linear in what it is given"
-        elif virtual_tokens(self.config):
-            reason = "its virtual tokens are no weights of the base"
-        if reason is None:
+        if (reason := unmergeable(self.config)) is None:
             try:
                 with _quiet():
                     self.peft_model.merge_and_unload()
@@ -310,9 +311,8 @@ class Adapter:
                 reason = one_line(error)
         if reason is not None:
             raise ValueError(f"--merge: {type(self.config).__name__} cannot be merged: {reason}; export without it")
-        for flag in ("peft_config", "peft_type"):
-            if hasattr(self.hf, flag):
-                delattr(self.hf, flag)
+        for flag in {"peft_config", "peft_type"} & vars(self.hf).keys():
+            delattr(self.hf, flag)
 
 
 def check_adapter(given: dict[str, Any] | str, config: PretrainedConfig, quantized: bool) -> tuple[int, int]:

@@ -182,6 +182,11 @@ class Backbone:
             hf = self._weights(config, len(tokenizer), dtype, seed, scalar)
             unlock_padding(hf)
             set_generation_ids(hf, tokenizer)
+            base = None
+            if self.adapter is not None or self.quantization is not None:
+                from llm_modules.zoo.adapted import adapt, base_of
+
+                base = base_of(self, hf, seed=seed)  # before a scalar head, which is trained
             if scalar:
                 model: CausalLM = self._with_score(hf, config, problem)
             else:
@@ -191,10 +196,8 @@ class Backbone:
             make_lean(hf)
         if self.fp8:
             use_float8(model, emulated=self.fp8 == "emulated")
-        if self.adapter is not None or self.quantization is not None:
-            from llm_modules.zoo.adapted import adapt
-
-            adapt(self, model, tokens=len(tokenizer), seed=seed, precision=precision, dequantize=dequantize)
+        if base is not None:
+            adapt(self, model, base, seed=seed, precision=precision, dequantize=dequantize)
         if self.activation_checkpointing:
             checkpoint_activations(hf, self.activation_checkpointing)
         if self.activation_offload:
@@ -281,22 +284,22 @@ class Backbone:
         from llm_modules.zoo.estimate import summarize
 
         summary = summarize(config, sequence_length=sequence_length)
-        if scalar:
-            rows = summary.vocabulary * summary.hidden
-            head = summary.embedding - rows  # none where it is tied
-            summary = replace(summary, parameters=summary.parameters - head + summary.hidden, embedding=rows)
+        parameters, trained = summary.parameters, summary.trained
         if self.adapter is not None or self.quantization is not None:
             parameters, trained = adapted_sizes(self, config)
-            flops = replace(summary.flops, trained=min(1.0, trained / summary.parameters))
-            summary = replace(summary, parameters=parameters, trained=trained, flops=flops)
-        return summary
+        if scalar:
+            rows = summary.vocabulary * summary.hidden
+            parameters += summary.hidden - (summary.embedding - rows)  # which is none where the head is tied
+            trained = None if trained is None else trained + summary.hidden * (self.adapter is not None)
+            summary = replace(summary, embedding=rows)
+        if trained is not None:
+            summary = replace(summary, flops=replace(summary.flops, trained=min(1.0, trained / summary.parameters)))
+        return replace(summary, parameters=parameters, trained=trained)
 
     def _with_score(self, hf: PreTrainedModel, config: PretrainedConfig, problem: str | None) -> CausalLM:
         from llm_modules.zoo.reward_model import RewardModel, check_family, is_classifier, stored_score
 
         check_family(config)
-        if self.adapter is not None or self.quantization is not None:
-            raise ValueError("backbone: a reward model is trained whole; leave adapter and quantization out")
         score = (
             stored_score(self.source) if self.source is not None and self.pretrained and is_classifier(config) else None
         )

@@ -88,11 +88,12 @@ def token_flops(model: PreTrainedModel) -> TokenFlops:
         weights=weights,
         head=2.0 * output.weight.numel(),
         attention=(2.0 * heads * sizes,) * layers,
-        windows=_windows(config, layers),
+        windows=windows(config, layers),
     )
 
 
-def _windows(config: PretrainedConfig, layers: int) -> tuple[int | None, ...]:
+def windows(config: PretrainedConfig, layers: int) -> tuple[int | None, ...]:
+    """The layers' sliding windows in positions, None where a layer has none."""
     window = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
         return (None,) * layers

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from llm_modules.logprobs import DEFAULT_CHUNK
 from llm_modules.zoo.activations import Checkpointing, OutputsKept, recomputed
 from llm_modules.zoo.attention import NAME, register
 from llm_modules.zoo.causal_lm import CausalLM
+from llm_modules.zoo.estimate import windows
 from llm_modules.zoo.lean import make_lean
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class PeakMemory:
         accumulates: whether an optimizer step has several micro-batches.
         step: temporary tensors of the optimizer, when all gradients are there and no activations.
         libraries: code, where it shares the memory.
+        frozen: weights of models beside the trained ones: a reference, a teacher.
+        cache: keys and values of answers that are sampled, when there are neither activations nor gradients.
     """
 
     weights: int
@@ -59,12 +62,20 @@ class PeakMemory:
     accumulates: bool = False
     step: int = 0
     libraries: int = 0
+    frozen: int = 0
+    cache: int = 0
 
     @property
     def total(self) -> int:
         passing = self.activations + self.head + self.gradients * self.accumulates
-        passing = max(passing, self.gradients + self.step) + self.allocator
-        return self.weights + self.optimizer + passing + self.libraries
+        passing = max(passing, self.gradients + self.step, self.cache) + self.allocator
+        return self.weights + self.frozen + self.optimizer + passing + self.libraries
+
+    def beside(self, other: PeakMemory) -> PeakMemory:
+        """Of two models that are trained in the same steps."""
+        once = ("accumulates", "step", "libraries", "cache")
+        values = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
+        return PeakMemory(**{name: max(pair) if name in once else sum(pair) for name, pair in values.items()})
 
     def lines(self) -> list[tuple[str, str]]:
         """Name and text of the lines of a summary."""
@@ -72,6 +83,10 @@ class PeakMemory:
             f"weights {_gib(self.weights)}, gradients {_gib(self.gradients)}, optimizer {_gib(self.optimizer)}, "
             f"activations {_gib(self.activations)}, head {_gib(self.head)}"
         )
+        if self.frozen:
+            parts += f", frozen models {_gib(self.frozen)}"
+        if self.cache:
+            parts += f", keys and values of answers {_gib(self.cache)}"
         if self.allocator:
             parts += f", heap and code {_gib(self.allocator + self.libraries)}"
         return [("peak memory", f"{_gib(self.total)} GiB ({parts})")]
@@ -138,6 +153,15 @@ def peak_memory(
         step=2 * min(table.vocab_size * table.hidden_size * size, gradients),
         libraries=LIBRARIES if cpu else 0,
     )
+
+
+def cache_bytes(config: PretrainedConfig, rows: int, positions: int, precision: str) -> int:
+    """Keys and values of ``rows`` texts of ``positions`` tokens; of a layer with a sliding window those in it."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kept = sum(min(positions, window or positions) for window in windows(text, text.num_hidden_layers))
+    return 2 * heads * size * rows * kept * (4 if precision.startswith("32") else 8 if precision == "64-true" else 2)
 
 
 def weight_dtype(precision: str) -> torch.dtype:

@@ -10,8 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llm_modules.zoo.adapted import saved_base
-from llm_modules.zoo.adapter_config import config_of_folder, kind_of, name_targets, one_line, virtual_tokens
-from llm_modules.zoo.adapters import LIBRARY_ERRORS, Adapter
+from llm_modules.zoo.adapter_config import (
+    LIBRARY_ERRORS,
+    config_of_folder,
+    kind_of,
+    name_targets,
+    one_line,
+    virtual_tokens,
+)
+from llm_modules.zoo.adapters import Adapter
 from llm_modules.zoo.bottleneck import KIND, WEIGHTS_FILE
 from llm_modules.zoo.causal_lm import BASE_FOLDER
 from llm_modules.zoo.description import describe_difference

@@ -18,6 +18,8 @@ from llm_modules.zoo.configuration import local_folder
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from llm_modules.zoo.adapters import Adapter
+
 SCORE = "score.weight"
 """What transformers calls the head."""
 
@@ -69,7 +71,23 @@ class RewardModel(CausalLM):
         outputs = self._decode(input_ids, position_ids, document_offsets, max_document, keys)
         hidden_AH = outputs.last_hidden_state.flatten(0, 1).index_select(0, last)
         head: Any = self.hf.get_output_embeddings()
-        return head(hidden_AH).squeeze(-1).float()
+        return head(hidden_AH.to(head.weight.dtype)).squeeze(-1).float()
+
+    def adapt(self, adapter: Adapter, base: dict[str, Any]) -> None:
+        """As of ``CausalLM``; the head, which nobody has trained yet, is trained whole.
+
+        Raises:
+            ValueError: the adapter wants the head, too.
+        """
+        head: Any = self.hf.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            name = self._description["score"].rpartition(".")[2]
+            raise ValueError(
+                f"backbone.adapter: {name} is a reward model's head, which is trained whole; take it out of "
+                "target_modules and modules_to_save"
+            )
+        head.to(adapter.parameters()[0].dtype).requires_grad_(True)
+        super().adapt(adapter, base)
 
     def split_positions(self, group: Any, tensor: int = 1) -> None:
         raise ValueError("strategy.context_parallel: not for reward models; set it to 1")

@@ -36,7 +36,10 @@ CHAT = [
     {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i} " * 9}]}
     for i in range(300)
 ]
-PAIRS = [{"prompt": f"say {i}", "chosen": f"it is {i} " * 4, "rejected": "no"} for i in range(300)]
+PAIRS = [
+    {"prompt": f"say {i}", "chosen": f"it is {i} " * 4, "rejected": "no", "chosen_safe": True, "rejected_safe": False}
+    for i in range(300)
+]
 PROMPTS = [{"prompt": f"say {i}", "reference": str(i)} for i in range(300)]
 KINDS = {
     "TextDataModule": TEXT,
@@ -94,6 +97,16 @@ def tiny_data(path: Path) -> dict[str, Any]:
     return {"init_args": {**arguments, "batch_size": 1 if alone else 2}}
 
 
+def save_reward_model(folder: str) -> None:
+    from llm_modules import RewardModule
+    from llm_modules.zoo import Backbone
+
+    module = RewardModule(Backbone(**TINY))
+    module.configure_model()
+    module.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    module.export(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", names(TRAINED))
 def test_two_steps(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +129,12 @@ def test_two_steps(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         },
         "leave_out": ["ExportFolder"],
     }
-    if compose([str(path)]).values["model"]["class_path"].endswith("PolicyModule"):
+    model = compose([str(path)]).values["model"]
+    if model["class_path"].endswith("PolicyModule"):
         overlay["model"] = {"init_args": {"generator": {"max_new_tokens": 4}}}
+        for kind in [*model["init_args"]["rewards"], *model["init_args"].get("costs", [])]:
+            if kind["class_path"].endswith("ModelReward"):
+                save_reward_model(kind["init_args"]["model"])
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(overlay))
     (tmp_path / "backbone.yaml").write_text(yaml.safe_dump(TINY))
     words = ["-c", str(path), "-c", "tiny.yaml", "--model.backbone", "backbone.yaml"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from recipes.__main__ import main
 
@@ -94,14 +95,21 @@ def test_it_learns_and_goes_on_exactly_inside_of_an_iteration() -> None:
             assert a.items() ^ b.items() == set()
 
 
-def test_with_a_critic_it_goes_on_exactly_too() -> None:
+@pytest.mark.parametrize("overlay", [[], ["-c", "adapters/pissa"]], ids=["whole", "adapters"])
+def test_with_a_critic_it_goes_on_exactly_too(overlay: list[str]) -> None:
     words = ["--model.objective", PPO, "--model.objective.kl_target", "3.0", "--model.objective.kl_horizon", "20"]
+    words = [*overlay, *words]
     assert main(["fit", "-c", "rl", *words]) == 0
     whole = [row for row in rows(0) if "train/loss" in row]
     assert whole[-1]["rollout/kl_weight"] != whole[0]["rollout/kl_weight"]
     assert "train/value_reward" in whole[0]
     assert main(["fit", "-c", "rl", *words, "--ckpt_path", "runs/rl/0/checkpoints/step-00000006.ckpt"]) == 0
     assert [row for row in rows(1) if "train/loss" in row] == whole[6:]
+    if overlay:
+        state = torch.load("runs/rl/0/checkpoints/step-00000006.ckpt", weights_only=True)
+        whole_ones = {name for name in state["state_dict"] if ".lora_" not in name}
+        assert whole_ones == {"critics.0.hf.lm_head.weight"}
+        assert state["litrecipes"]["policy"]["critics"][0]["adapter"]["first"]  # what it took out of the base
 
 
 def test_safe_rlhf_logs_what_it_holds() -> None:
@@ -128,7 +136,8 @@ def test_prompts_are_answered_until_enough_of_them_tell_something() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model.rewards", "[]"], "model.rewards: the list is empty"),
+        (["--model.rewards", "[]"], "model.rewards: none that counts"),
+        (["--model.rewards.0.init_args.weight", "0"], "model.rewards: none that counts"),
         (["--model.group_size", "1"], "model.group_size: 1 is below 2"),
         (["--model.minibatches", "9"], "model.minibatches: 9 optimizer steps of 4 prompts"),
         (["--model.generator.max_new_tokens", "60"], "model.generator.max_new_tokens: 60, but a prompt of"),
@@ -151,7 +160,11 @@ def test_prompts_are_answered_until_enough_of_them_tell_something() -> None:
             ],
             "model.group_size: 1 is below 2",
         ),
-        (["-c", "adapters/lora", "--model.objective", PPO], "model.critic: a policy with an adapter needs a critic"),
+        (["-c", "adapters/adalora", "--model.objective", PPO], "model.critic.adapter: AdaLoRA prunes the policy only"),
+        (
+            ["--model.critic", "{config: {model_type: llama}, quantization: nf4}", "--model.objective", PPO],
+            "model.critic.quantization: nf4 cannot be trained without an adapter",
+        ),
         (["--trainer.limit_train_batches", "5"], "trainer.limit_train_batches: 5 optimizer steps an epoch are no"),
         (["--data.longest_prompt", "64"], "data.longest_prompt: 64 leaves nothing of sequence_length 64"),
     ],

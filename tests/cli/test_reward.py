@@ -102,6 +102,28 @@ def test_it_learns_goes_on_exactly_and_leaves_a_classifier(capsys: pytest.Captur
         assert float(next(csv.DictReader(file))["train/loss"]) < 0.5
 
 
+def test_with_an_adapter_it_goes_on_exactly_and_leaves_a_classifier(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    words = ["fit", "-c", "reward", "-c", "adapters/lora", "--trainer.max_steps"]
+    assert main([*words, "12"]) == 0
+    said = re.search(r"trained +([\d,]+)", capsys.readouterr().err)
+    assert said is not None
+    state = torch.load("runs/reward/0/checkpoints/step-00000006.ckpt", weights_only=True)["state_dict"]
+    assert sum(value.numel() for value in state.values()) == int(said[1].replace(",", ""))
+    assert {name for name in state if ".lora_" not in name} == {"model.hf.lm_head.weight"}
+    assert column(0, "train/loss")[-1] < 0.7 * column(0, "train/loss")[0]
+    assert main([*words, "12", "--ckpt_path", "runs/reward/0/checkpoints/step-00000006.ckpt"]) == 0
+    assert column(1, "train/loss") == column(0, "train/loss")[6:]
+    assert main(["export", "runs/reward/0", "again", "--which", "last"]) == 0
+    said = []
+    for folder in ("again", "runs/reward/0/export", "runs/reward/1/export"):
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        with torch.no_grad():
+            said.append(float(model(torch.arange(1, 9)[None]).logits))
+    assert said[0] == said[1] == said[2] != 0
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_its_parameters_are_counted_before_it_is_built(tied: bool, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model.backbone.config.tie_word_embeddings", str(tied).lower(), "--trainer.max_steps", "1"]
@@ -153,7 +175,9 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*words]) == 2
         return [line for line in capsys.readouterr().err.splitlines() if line.startswith("recipes: ")][-1]
 
-    assert "a reward model is trained whole" in said("fit", "-c", "reward", "-c", "adapters/lora")
+    assert "cannot be merged into the reward model" in said("fit", "-c", "reward", "-c", "adapters/prefix")
+    head = ["-c", "adapters/lora", "--model.backbone.adapter.init_args.target_modules", "[q_proj, lm_head]"]
+    assert "lm_head is a reward model's head, which is trained whole" in said("fit", "-c", "reward", *head)
     assert "a reward model answers nothing" in said("predict", "-c", "reward")
     write([{**row, "margin": "much"} for row in pairs()])
     assert "pairs.jsonl:1: margin is 'much'; it must be a finite number" in said("fit", "-c", "reward")

@@ -104,7 +104,6 @@ def policy(settings: dict[str, Any], **arguments: Any) -> PolicyModule:
             "sequence_length": 96,
             "reference": settings.get("reference", "auto"),
             "seed": 1,
-            "critic": Backbone(config=LLAMA) if settings.get("adapter") and objective.critics else None,
         }
         | arguments,
     )
@@ -181,6 +180,12 @@ def test_the_adapter_switched_off_is_the_copy_of_the_base(name: str, tmp_path: P
     off, copy = (run(settings | REFERENCE | {"adapter": LORA, "reference": kind}) for kind in ("base", "copy"))
     assert off[1] == copy[1]
     assert_same_gradient(off[0][0], copy[0][0])
+    adapted = {name for name in off[0][0] if ".lora_" in name}
+    assert off[0][0].keys() - adapted == ({"critics.0.hf.lm_head.weight"} if name == "PPO" else set())
+    if name == "PPO":  # the critic has an adapter, too
+        assert {name.split(".")[0] for name in adapted} == {"model", "critics"}
+        many = run(settings | REFERENCE | {"adapter": LORA, "reference": "base"} | VARIANTS["padded, 3 micro-batches"])
+        assert_same_gradient(many[0][1], off[0][1])
 
 
 def test_an_answer_is_of_its_prompt_and_seed(tmp_path: Path) -> None:

@@ -134,6 +134,16 @@ def test_one_process(objective: dict[str, Any], name: str) -> None:
         assert_same_gradient(found, expected)
 
 
+def test_a_reward_model_with_an_adapter(tmp_path: Path) -> None:
+    settings = {"objective": "reward", "path": str(write_pairs(tmp_path)), "cache": str(tmp_path / "cache")}
+    settings |= REFERENCE | {"adapter": LORA}
+    (expected,) = run(settings)[0]
+    assert "model.hf.lm_head.weight" in expected
+    assert sum(".lora_" in name for name in expected) == len(expected) - 1
+    for name in ("packed 2x4", "checkpointed, packed"):
+        assert_same_gradient(run(settings | VARIANTS[name])[0][0], expected)
+
+
 def test_the_bound_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """KTO with a reference point of each micro-batch, as others have it, is far outside of the bounds."""
     settings = {"objective": "KTO", "path": str(write_pairs(tmp_path)), "cache": str(tmp_path / "cache")} | REFERENCE

@@ -58,11 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def made(folder: Path, packing: str, margins: bool, objective: BradleyTerry) -> tuple[RewardModule, PreferenceBatch]:
+def made(
+    folder: Path, packing: str, margins: bool, objective: BradleyTerry, adapter: Any = None
+) -> tuple[RewardModule, PreferenceBatch]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(margins)))
-    module = RewardModule(
-        Backbone(source=str(folder / "model")), objective, tokenizer=str(folder / "model"), sequence_length=LENGTH
-    )
+    backbone = Backbone(source=str(folder / "model"), adapter=adapter)
+    module = RewardModule(backbone, objective, tokenizer=str(folder / "model"), sequence_length=LENGTH)
     module.configure_model()
     data = PreferenceDataModule(
         sources=[{"path": str(folder / "rows.jsonl")}],  # type: ignore[list-item]
@@ -136,22 +137,71 @@ def test_loss_and_gradient_are_those_of_trl(name: str, folder: Path) -> None:
 
 
 def test_the_folder_is_a_classifier_whose_logit_is_the_score(folder: Path) -> None:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     module, batch = made(folder, "batch", False, BradleyTerry())
     with torch.no_grad():
         scores = module.scores(batch)
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    given = rows(False)
-    for i, place in enumerate(batch.rows):
-        for side, score in (("chosen", scores.chosen[i]), ("rejected", scores.rejected[i])):
+    with torch.no_grad():
+        chosen, rejected = read_by(model, folder, batch)
+    torch.testing.assert_close(chosen, scores.chosen, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rejected, scores.rejected, rtol=0, atol=1e-6)
+    assert scores.chosen.std() > 0.1
+
+
+def read_by(model: Any, folder: Path, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    """What transformers' classifier says of the chosen and the rejected answers of a batch, one text at a time."""
+    from transformers import AutoTokenizer
+
+    tokenizer, given = AutoTokenizer.from_pretrained(folder / "model"), rows(False)
+    said = []
+    for place in batch.rows:
+        for side in ("chosen", "rejected"):
             talk = [{"role": "user", "content": given[place]["prompt"]}]
             talk += [{"role": "assistant", "content": given[place][side]}]
-            ids = tokenizer.apply_chat_template(talk, return_tensors="pt")["input_ids"]
-            with torch.no_grad():
-                assert float(model(ids).logits) == pytest.approx(float(score), abs=1e-6)
-    assert scores.chosen.std() > 0.1
+            said.append(model(tokenizer.apply_chat_template(talk, return_tensors="pt")["input_ids"]).logits.squeeze())
+    return torch.stack(said[::2]), torch.stack(said[1::2])
+
+
+def test_lora_is_that_of_peft_for_sequence_classification(folder: Path, tmp_path: Path) -> None:
+    """On the same weights the same loss and gradients, the head's too; what is exported, merged, says the same."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForSequenceClassification
+
+    arguments = {"r": 4, "lora_alpha": 8}
+    module, batch = made(
+        folder, "batch", False, BradleyTerry(), {"class_path": "peft.LoraConfig", "init_args": arguments}
+    )
+    assert module.model is not None
+    ours = {name: p for name, p in module.model.hf.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in ours.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    loss = module.objective_step(batch).terms["loss"].sum / batch.pairs
+    loss.backward()
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "model", dtype=torch.float64)
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", **arguments)
+    plain = peft.get_peft_model(base, config).eval()
+    head = "score.modules_to_save.default.weight"
+    theirs = {name.replace(head, "lm_head.weight"): p for name, p in base.named_parameters() if p.requires_grad}
+    assert ours.keys() == theirs.keys()
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(ours[name])
+    chosen, rejected = read_by(plain, folder, batch)
+    expected = -logsigmoid(chosen - rejected).mean()
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    whole = torch.cat([p.grad.flatten() for p in theirs.values()]).norm()  # type: ignore[union-attr]
+    apart = torch.cat([(ours[n].grad - p.grad).flatten() for n, p in theirs.items()]).norm()  # type: ignore[operator]
+    assert apart <= 1e-5 * whole
+    assert all(p.grad.norm() > 1e-4 * whole for p in theirs.values())  # type: ignore[union-attr]
+    module.export(tmp_path / "merged")
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float64).eval()
+    for found, wanted in zip(read_by(exported, folder, batch), (chosen, rejected), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_weights_of_two_dtypes_are_saved_as_they_are() -> None:

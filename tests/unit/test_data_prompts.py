@@ -132,6 +132,25 @@ def test_the_built_in_task(tmp_path: Path) -> None:
     assert 0.1 < right / asked < 0.2
 
 
+def test_pairs_of_the_built_in_task() -> None:
+    for about in ("better", "safer"):
+        found = list(Source(f"builtin:letters-{about}").rows())
+        assert len(found) > 3000
+        for row in found:
+            chosen, rejected = row.columns["chosen"], row.columns["rejected"]
+            word = re.search(r"`(\w+)`", row.columns["prompt"])[1]  # type: ignore[index]
+            assert chosen in word
+            if about == "better":
+                assert (chosen == word[0]) > (rejected == word[0])
+            else:
+                assert rejected in word
+                assert (chosen in "aeiou") < (rejected in "aeiou")
+                assert (row.columns["chosen_safe"], row.columns["rejected_safe"]) == (True, False)
+    held_out = {row.columns["prompt"] for row in Source("builtin:letters-better", split="validation").rows()}
+    assert held_out
+    assert not held_out & {row.columns["prompt"] for row in Source("builtin:letters-better").rows()}
+
+
 def test_a_known_answer_is_compared_word_for_word() -> None:
     def scored(text: str, reference: str = "h", finished: bool = True, **settings: Any) -> float:
         return ExactAnswer(**settings)([Answer(3, "?", text, reference, finished=finished)])[0]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,3 +273,59 @@ def test_peak_memory_is_the_measured_peak(
     assert done.returncode == 0, done.stderr
     code = LIBRARIES if tight else 0  # which the estimate for a GPU leaves out
     assert estimate.total + code == pytest.approx(json.loads(done.stdout), rel=0.2)
+
+
+@pytest.mark.parametrize("preset", ["llama-1m", "gemma3-tiny"])
+def test_reinforcement_learning_takes_critics_copies_and_a_cache(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part against the bytes of the tensors that are there: of models, of the optimizer, of the answers' cache."""
+    from llm_modules import PolicyModule
+    from llm_modules.evaluation import Format, ModelReward
+    from llm_modules.generation import Generator
+    from llm_modules.generation.rollout import GroupSampler
+    from llm_modules.objectives import SafePPO
+    from recipes.preview import whole_summary
+
+    backbone = Backbone(**yaml.safe_load((MODELS / f"{preset}.yaml").read_text()))
+    module = PolicyModule(
+        backbone,
+        [ModelReward(str(tmp_path))],
+        SafePPO(kl=0.1),
+        [Format("x", name="x")],
+        group_size=3,
+        generator=Generator(strategy="sample", max_new_tokens=20, batch_size=8),
+        sequence_length=128,
+    )
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    data = SimpleNamespace(batch_size=4, longest_prompt=70)
+    known = {"vocabulary": len(module.tokenizer), "sequence_length": 128, "tokens": 300, "precision": "32-true"}
+    memory = whole_summary(module, data, known, {"optimizer": torch.optim.AdamW}).memory
+    assert memory is not None
+    module.configure_model()
+    assert memory.weights == sum(p.nbytes for p in module.parameters())
+    assert memory.frozen == sum(p.nbytes for p in module._copy[0].parameters()) + 1000
+    optimizer = torch.optim.AdamW(module.parameters())
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = sum(tensor.nbytes for kept in optimizer.state.values() for tensor in kept.values())
+    assert memory.optimizer == pytest.approx(state, rel=1e-3)
+    largest = 0
+    forward = GroupSampler._forward
+
+    def watched(sampler: GroupSampler, ids: Any, mask: Any, cache: Any) -> Any:
+        nonlocal largest
+        logits = forward(sampler, ids, mask, cache)
+        tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        largest = max(largest, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+        return logits
+
+    monkeypatch.setattr(GroupSampler, "_forward", watched)
+    with GroupSampler(module.generator, module.model, module.tokenizer) as sampler:
+        sampler.end_ids = [10**6]  # no answer ends
+        sampler.sample([[65] * 70] * 4, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(4)])
+    assert memory.cache == largest
+    lines = dict(memory.lines())["peak memory"]
+    assert "frozen models 0." in lines
+    assert "keys and values of answers 0." in lines

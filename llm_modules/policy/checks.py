@@ -1,0 +1,45 @@
+"""Settings of a policy that do not go together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from llm_modules.zoo import Backbone
+
+Reference = Literal["auto", "base", "copy"]
+
+
+def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone | None) -> None:
+    """Raises a ValueError, of all of them. Arguments: a ``PolicyModule``, and the critics that it was given."""
+    least = {"group_size": module.objective.least_group, "epochs": 1, "minibatches": 1, "dynamic_sampling": 1}
+    problems = [
+        f"model.{name}: {getattr(module, name)} is below {bound}"
+        for name, bound in least.items()
+        if getattr(module, name) < bound
+    ]
+    names, rewards, costs = module._respondent.names, module._respondent.rewards, module._respondent.costs
+    needed, kind, strategy = module.objective.critics, type(module.objective).__name__, module.generator.strategy
+    checks = (
+        (
+            not any(reward.weight for reward in rewards),
+            "model.rewards: none that counts; give at least one of a weight that is not 0",
+        ),
+        (len({*names}) < len(names), f"model.rewards: two have one name ({', '.join(names)}); set their `name`"),
+        (
+            "cost" in needed and not any(cost.weight for cost in costs),
+            f"model.costs: {kind} holds a cost under a limit; give at least one of a weight that is not 0",
+        ),
+        ("cost" not in needed and bool(costs), f"model.costs: {kind} does not read them; use SafePPO"),
+        (not needed and critic is not None, f"model.critic: {kind} has no critic; leave it out"),
+        ("cost" not in needed and cost_critic is not None, f"model.cost_critic: {kind} has none"),
+        (module.generator.strategy != "sample", f"model.generator: strategy {strategy} does not sample; use sample"),
+        (
+            module.drop_unfinished and module.objective.whole_groups,
+            f"model.drop_unfinished: {kind} compares answers, and needs both; leave it out",
+        ),
+    )
+    problems += [problem for holds, problem in checks if holds]
+    if module.reference not in get_args(Reference):
+        problems.append(f"model.reference: {module.reference!r} is not one of {', '.join(get_args(Reference))}")
+    if problems:
+        raise ValueError("; ".join(problems))
