@@ -3,7 +3,7 @@
 ``LITRECIPES_DATA=... python -m benchmarks.preference [--seeds 1 2 3] [--variants dpo ipo ...] [--work FOLDER]``
 
 For each seed the helpful pairs of ``hh_rlhf`` are dealt to two parts by how their dialogues begin. On the first are
-trained a tokenizer, a small model (on the chosen dialogues), a reward model from it, and from it again a policy by each
+trained a tokenizer, a small model (on both dialogues of each pair), a reward model from it, and from it again a policy by each
 variant; every training is a `recipes fit` in a process of its own, and what is finished is not done again. On the
 second part is measured how often the reward model is right; by how much a variant has moved log p(chosen) - log
 p(rejected) away from the base's, in nats (the margin; read off the exported folders with transformers alone); and how
@@ -94,7 +94,7 @@ def over_seeds(found: Sequence[Estimate]) -> Estimate:
 
 
 def deal(data: Path, folder: Path, seed: int) -> None:
-    """Writes the pairs of both parts, the chosen dialogues of the first, the prompts and the answers of the second."""
+    """Writes the pairs of both parts, the dialogues of the first, the prompts and the answers of the second."""
     from llm_modules.data.preferences import NoPair, preference_pair
     from llm_modules.data.readers import read_file
 
@@ -114,7 +114,8 @@ def deal(data: Path, folder: Path, seed: int) -> None:
         openings[part].add(opening)
         parts[part].append({"messages": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected})
         if part == "train":
-            parts["dialogues"].append({"messages": pair.conversation(pair.chosen)})
+            # Both: a model that knew the chosen ones only would be told them apart by what it has seen.
+            parts["dialogues"] += [{"messages": pair.conversation(text)} for text in (pair.chosen, pair.rejected)]
         else:
             parts["prompts"].append({"prompt": pair.prompt})
             parts["answers"] += [{"prompt": pair.prompt, "completion": text} for text in (pair.chosen, pair.rejected)]
@@ -181,7 +182,7 @@ def make_base(folder: Path, data: Path, seed: int) -> None:
     muon = "llm_modules.optimizers.MuonAdamW"
     model = model_of("LanguageModelModule", "NextToken", {}, muon, 1e-2, backbone={"source": None, "config": LLAMA})
     rows = data_of("ConversationDataModule", "dialogues.jsonl", 2, train_on="all")
-    fit(folder, "base", seed, "sft/oasst1", model, rows, {"max_epochs": 4})
+    fit(folder, "base", seed, "sft/oasst1", model, rows, {"max_epochs": 2})
 
 
 def make_reward(folder: Path, seed: int) -> None:
@@ -232,8 +233,11 @@ def log_probabilities(model: Path, pairs: Sequence[Row]) -> list[list[float]]:
     for pair in pairs:
         prompt = tokenizer.apply_chat_template(pair["messages"], add_generation_prompt=True, tokenize=False)
         for side in ("chosen", "rejected"):
+            answer = [*pair["messages"], {"role": "assistant", "content": pair[side]}]
+            whole = tokenizer.apply_chat_template(answer, tokenize=False)
+            assert whole.startswith(prompt)
             # As the recipes do: what is predicted ends with the mark that ends a turn.
-            parts = prompt, pair[side] + tokenizer.eos_token
+            parts = prompt, whole.removeprefix(prompt).rstrip("\n")
             rows.append([tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts])
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     sums = [0.0] * len(rows)
