@@ -3,11 +3,12 @@
 ``LITRECIPES_DATA=... python -m benchmarks.preference [--seeds 1 2 3] [--variants dpo ipo ...] [--work FOLDER]``
 
 For each seed the helpful pairs of ``hh_rlhf`` are dealt to two parts by how their dialogues begin. On the first are
-trained a tokenizer, a small model (on both dialogues of each pair), a reward model from it, and from it again a policy by each
-variant; every training is a `recipes fit` in a process of its own, and what is finished is not done again. On the
-second part is measured how often the reward model is right; by how much a variant has moved log p(chosen) - log
+trained a tokenizer, a small model (on both dialogues of each pair), from it a reward model, and from it again a policy
+by each variant; every training is a `recipes fit` in a process of its own, and what is finished is not done again. On
+the second part is measured how often the reward model is right; by how much a variant has moved log p(chosen) - log
 p(rejected) away from the base's, in nats (the margin; read off the exported folders with transformers alone); and how
-often the reward model prefers a sampled answer of the policy to one of the base.
+often the reward model prefers a sampled answer of the policy to one of the base, a tie being a half. It likes length:
+the win rate is also given at equal length.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], float]] = {
     "hinge": ("Hinge", {"beta": 0.1}, 5e-4),
     "sppo": ("SPPO", {"beta": 0.1}, 5e-4),
     "apo-zero": ("APO", {"beta": 0.1, "kind": "zero"}, 5e-4),
-    "apo-down": ("APO", {"beta": 0.1, "kind": "down"}, 5e-4),
+    "apo-down": ("APO", {"beta": 0.1, "kind": "down"}, 1e-4),
     "simpo": ("SimPO", {"beta": 2.0, "gamma": 1.0}, 5e-4),
     "cpo": ("CPO", {"beta": 0.1}, 5e-4),
     "orpo": ("ORPO", {"beta": 0.25}, 5e-4),
