@@ -31,8 +31,8 @@ HELD_OUT, CHARACTERS = 0.35, 800
 """Share of the dialogues that is held out; characters that a dialogue has at most (about 270 tokens)."""
 LENGTH, VOCABULARY, ANSWER = 512, 2048, 64
 """Tokens: of a dialogue at most, of the tokenizer, of a sampled answer at most."""
-PROMPTS, SAMPLES = 200, 1
-"""Held-out rows on which variants are measured, and sampled answers to each."""
+PROMPTS = 200
+"""Held-out rows on which variants are measured."""
 STEPS, BATCH = 40, 8
 """Of each variant; of labelled answers, a batch has twice as many."""
 LLAMA = {
@@ -213,7 +213,7 @@ def answered(folder: Path, name: str, seed: int) -> list[Row]:
     if not scored.exists():
         words = ["generate", "-m", str(folder / name), "--file", str(folder / "prompts.jsonl"), "--out", str(out)]
         words += ["--strategy", "sample", "--temperature", "0.7", "--max_new_tokens", str(ANSWER), "--seed", str(seed)]
-        assert main([*words, "--batch_size", "100", "--samples", str(SAMPLES), "--overwrite"]) == 0
+        assert main([*words, "--batch_size", "100", "--overwrite"]) == 0
         score(folder, out, scored)
     return read(scored)
 
@@ -264,8 +264,8 @@ def log_probabilities_of(folder: Path, name: str) -> list[list[float]]:
 
 
 def measured_reward(folder: Path) -> dict[str, Estimate]:
-    """Of the held-out pairs: how often the chosen answer has the higher score, how often it and how often the score is
-    on the side of the longer answer."""
+    """Of the held-out pairs: how often the chosen answer has the higher score, how often it is the longer one, and how
+    often the longer one has the higher score."""
     if not (folder / "answers-scored.jsonl").exists():
         score(folder, folder / "answers.jsonl", folder / "answers-scored.jsonl")
     rows = read(folder / "answers-scored.jsonl")
@@ -330,6 +330,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks/results/preference")
     options = parser.parse_args()
+    if "LITRECIPES_DATA" not in os.environ:
+        parser.error("LITRECIPES_DATA: not set; the folder that holds hh_rlhf/")
     data = Path(os.environ["LITRECIPES_DATA"]).absolute()
     rewards: dict[str, dict[int, dict[str, Estimate]]] = {"reward model": {}}
     variants: dict[str, dict[int, dict[str, Estimate]]] = {name: {} for name in options.variants}
