@@ -315,7 +315,7 @@ OF_REWARD = {
 }
 OF_VARIANTS = {
     "margin, nats": ("margin", 1),
-    "margin a 100 tokens": ("margin_by_token", 100),
+    "margin by token, nats per 100": ("margin_by_token", 100),
     "log p(chosen)": ("chosen", 1),
     "win rate, %": ("win_rate", 100),
     "at equal length, %": ("win_rate_equal_length", 100),
