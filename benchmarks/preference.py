@@ -87,7 +87,7 @@ def at_equal_length(won: Sequence[float], longer: Sequence[float]) -> Estimate:
 
 
 def over_seeds(found: Sequence[Estimate]) -> Estimate:
-    """The mean of seeds, with the error that those of the rows give it."""
+    """The mean of seeds, with the error that those of the rows give it, as if seeds had no rows in common."""
     return statistics.mean(mean for mean, _ in found), sum(error**2 for _, error in found) ** 0.5 / len(found)
 
 
