@@ -236,7 +236,7 @@ class ORPO(PreferenceObjective):
 
     def terms(self, scores: PairScores) -> dict[str, Term]:
         return {
-            "odds_ratio": Term(self.losses(scores).sum(), "pairs", self.beta),
+            "loss": Term(self.losses(scores).sum(), "pairs", self.beta),  # callbacks go by a term of this name
             "nll_chosen": Term(-scores.chosen.sum(), "tokens_chosen"),
         }
 

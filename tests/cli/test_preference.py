@@ -68,6 +68,13 @@ def test_it_learns_goes_on_exactly_and_leaves_a_model() -> None:
     assert column(1, "train/loss") == losses[6:]  # against the same reference as before
 
 
+def test_the_odds_ratio_trains_as_any_other() -> None:
+    assert main(["fit", "-c", "dpo", "--model.objective", "llm_modules.objectives.ORPO"]) == 0
+    losses = column(0, "train/loss")  # by which callbacks go: the odds ratio, whose weight is beta
+    assert losses[-1] < losses[0]
+    assert column(0, "val/reward_accuracy") == [1.0]
+
+
 def test_with_an_adapter_the_base_is_the_reference(capfd: pytest.CaptureFixture[str]) -> None:
     words = ["-c", "adapters/lora", "--model.optimizer.lr", "2e-2"]
     assert main(["fit", "-c", "dpo", *words]) == 0
