@@ -28,6 +28,7 @@ LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "target_modules":
 LAST = f"runs/rl/0/checkpoints/step-{STEPS:08}.ckpt"
 JOBS: dict[str, dict[str, Any]] = {
     "PPO": {"objective": {"class_path": PPO}},  # a critic, and a copy for reference
+    "PPO with LoRA": {"objective": {"class_path": PPO}, "backbone": {"adapter": LORA}},
     "LoRA": {
         "objective": {"class_path": "llm_modules.objectives.GRPO", "init_args": {"kl": 0.1}},
         "backbone": {"adapter": LORA},
@@ -35,7 +36,8 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 CELLS = [
     *((strategy, "PPO") for strategy in ("zero2", "fsdp2", "tp", "fsdp1", "zero3")),
-    *((strategy, "LoRA") for strategy in ("fsdp1", "context")),
+    ("fsdp1", "PPO with LoRA"),
+    ("context", "LoRA"),
 ]
 """context: on FSDP2; ddp is in tests/invariance/test_policy_invariance.py."""
 RESUMED = [(strategy, "PPO") for strategy in ("fsdp2", "fsdp1", "zero3")]
