@@ -19,6 +19,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "KTO": {"stage": "labelled", "model": "llama", "objective": "KTO"},
     "BCO with LoRA": {"stage": "labelled", "model": "llama", "objective": "BCO", "backbone": {"adapter": LORA}},
     "reward": {"stage": "reward", "model": "qwen3"},
+    "reward with LoRA": {"stage": "reward", "model": "llama", "backbone": {"adapter": LORA}},
 }
 STRATEGIES = ("ddp", "fsdp2", "tp", "fsdp1", "zero2", "zero3", "context")
 
@@ -49,7 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_train_what_one_does(strategy: str, job: str, results: dict[str, dict[str, Any]]) -> None:
     expected, found = results[f"single-1-{job}"], results[f"{strategy}-2-{job}"]
-    if (strategy, job) == ("context", "reward"):
+    if strategy == "context" and job.startswith("reward"):
         assert found["refused"] == "strategy.context_parallel: not for reward models; set it to 1"
         return
     assert len(found["losses"]) == STEPS
