@@ -23,7 +23,10 @@ def say_who_compiles() -> None:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
-        age = time.time() - lock.stat().st_mtime
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:
+            continue  # done in the meantime
         if age > LONGEST:
             raise ValueError(
                 f"strategy: {lock}: left by a compiler that was killed {age / 3600:.0f} hours ago; DeepSpeed would "
