@@ -107,10 +107,9 @@ def _export_adapter(
         write(model.hf, tokenizer, {**facts, "base": model.base_name}, out, model.save_pretrained)
         return sum(parameter.numel() for parameter in model.hf.parameters())
     assert model.adapter is not None
-    built = {"seed": about["adapter"]["seed"], "precision": about["adapter"]["precision"]}
-    facts = {**facts, "adapter": model.adapter.kind, "base": model.base_name}
-    save = partial(save_adapted, model, backbone, place=out, tokenizer=tokenizer, **built)
-    write(model.hf, tokenizer, facts, out, save)
+    built = {name: about["adapter"][name] for name in ("seed", "precision")} | {"place": out, "tokenizer": tokenizer}
+    facts |= {"adapter": model.adapter.kind, "base": model.base_name}
+    write(model.hf, tokenizer, facts, out, partial(save_adapted, model, backbone, **built))
     return sum(value.numel() for value in weights.values())
 
 

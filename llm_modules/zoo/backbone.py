@@ -169,7 +169,7 @@ class Backbone:
         """
         from llm_modules.zoo.attention import register
         from llm_modules.zoo.lean import make_lean
-        from llm_modules.zoo.probe import check_head, packing_problem
+        from llm_modules.zoo.probe import packing_problem
         from llm_modules.zoo.vocabulary import set_generation_ids, set_special_ids, unlock_padding
         from llm_modules.zoo.weights import fixed_seed
 
@@ -187,11 +187,7 @@ class Backbone:
                 from llm_modules.zoo.adapted import adapt, base_of
 
                 base = base_of(self, hf, seed=seed)  # before a scalar head, which is trained
-            if scalar:
-                model: CausalLM = self._with_score(hf, config, problem)
-            else:
-                model = CausalLM(hf, head=self.head, head_chunk=self.head_chunk, packing_problem=problem)
-                check_head(model)
+            model = self._with_score(hf, config, problem) if scalar else self._with_head(hf, problem)
         if self.lean and not self.compile:
             make_lean(hf)
         if self.fp8:
@@ -295,6 +291,13 @@ class Backbone:
         if trained is not None:
             summary = replace(summary, flops=replace(summary.flops, trained=min(1.0, trained / summary.parameters)))
         return replace(summary, parameters=parameters, trained=trained)
+
+    def _with_head(self, hf: PreTrainedModel, problem: str | None) -> CausalLM:
+        from llm_modules.zoo.probe import check_head
+
+        model = CausalLM(hf, head=self.head, head_chunk=self.head_chunk, packing_problem=problem)
+        check_head(model)
+        return model
 
     def _with_score(self, hf: PreTrainedModel, config: PretrainedConfig, problem: str | None) -> CausalLM:
         from llm_modules.zoo.reward_model import RewardModel, check_family, is_classifier, stored_score
