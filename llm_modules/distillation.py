@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from llm_modules.base import LLMModule
 from llm_modules.batch import ObjectiveOutput, PreferenceBatch, TaughtBatch, Teaching, TokenBatch
 from llm_modules.generation import Generator
-from llm_modules.logprobs import next_token_targets
+from llm_modules.logprobs import score_batch
 from llm_modules.objectives.distillation import DistillationObjective, ForwardKL
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone, CausalLM
@@ -150,22 +150,10 @@ class DistillationModule(LLMModule):
         assert asked is not None
         copy = self._copy[0] if self._copy else None
         with as_reference(self.model, copy) as teacher:
-            hidden = self._forward(teacher, asked, states=True)
+            hidden = score_batch(teacher, asked, states=True)
         logits = copy.logits if copy is not None else partial(base_logits, self.model)
         teaching = Teaching(hidden, logits, self.objective.compare)
-        return self.objective(self._forward(self.model, batch, teaching=teaching))
-
-    @staticmethod
-    def _forward(model: CausalLM, batch: TokenBatch, **what: Any) -> Any:
-        return model(
-            batch.input_ids,
-            batch.position_ids,
-            next_token_targets(batch.labels, batch.position_ids),
-            batch.document_offsets,
-            batch.max_document,
-            lengths=batch.lengths,
-            **what,
-        )
+        return self.objective(score_batch(self.model, batch, teaching=teaching))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of ``batch["prompts"]``, as rows of the predictions file."""

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from llm_modules.base import LLMModule
 from llm_modules.batch import LabelledBatch, ObjectiveOutput, PreferenceBatch, TaughtBatch, TokenBatch, TokenScores
 from llm_modules.generation import Generator
-from llm_modules.logprobs import next_token_targets
+from llm_modules.logprobs import score_batch
 from llm_modules.objectives.balance import LoadBalance
 from llm_modules.objectives.language import LanguageObjective, NextToken
 from llm_modules.zoo import Backbone
@@ -55,16 +55,8 @@ class LanguageModelModule(LLMModule):
             raise ValueError(f"data: {kind}; a language model learns from ConversationDataModule or TextDataModule")
         if isinstance(batch, TaughtBatch):
             raise ValueError("data: a preprompt is for DistillationModule; fine-tuning reads ConversationDataModule")
-        scores = self.model(
-            batch.input_ids,
-            batch.position_ids,
-            next_token_targets(batch.labels, batch.position_ids),
-            batch.document_offsets,
-            batch.max_document,
-            lengths=batch.lengths,
-            statistics=self.objective.needs_statistics,
-            uniform=self.objective.uniform,
-        )
+        kinds = {"statistics": self.objective.needs_statistics, "uniform": self.objective.uniform}
+        scores = score_batch(self.model, batch, **kinds)
         output = self.objective(scores)
         if scores.router_load is not None:
             self._add_balance(output, scores, batch)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_modules.batch import IGNORE_INDEX, TaughtScores
+from llm_modules.batch import IGNORE_INDEX, TaughtScores, TokenBatch
 
 DEFAULT_CHUNK = 1024
 """Targets scored at once: what bounds the memory. The weight's gradient is added up once a chunk."""
@@ -31,6 +31,26 @@ def next_token_targets(labels_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
     starts = position_ids_BT[:, 1:] == 0
     targets_BT[:, :-1] = labels_BT[:, 1:].masked_fill(starts, IGNORE_INDEX)
     return targets_BT
+
+
+def score_batch(model: Any, batch: TokenBatch, **what: Any) -> Any:
+    """What a model says of a batch's labels, each at the position before it; answers may share a prompt.
+
+    Args:
+        model: a ``CausalLM``.
+        what: further arguments of its ``forward``.
+    """
+    shared = {name: getattr(batch, name) for name in ("shared_keys", "key_offsets") if hasattr(batch, name)}
+    return model(
+        batch.input_ids,
+        batch.position_ids,
+        next_token_targets(batch.labels, batch.position_ids),
+        batch.document_offsets,
+        batch.max_document,
+        lengths=batch.lengths,
+        **shared,
+        **what,
+    )
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

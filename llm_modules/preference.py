@@ -22,7 +22,7 @@ from llm_modules.batch import (
     TokenBatch,
 )
 from llm_modules.generation import Generator
-from llm_modules.logprobs import next_token_targets, sums_by_answer
+from llm_modules.logprobs import score_batch, sums_by_answer
 from llm_modules.objectives.labelled import LabelledObjective
 from llm_modules.objectives.preference import DPO, PreferenceObjective
 from llm_modules.zoo import Backbone, CausalLM
@@ -240,19 +240,8 @@ class PreferenceModule(LLMModule):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(A,) log p(answer | prompt), of pairs the chosen and the rejected in turn, (A,) the answers' tokens, and ()
         the entropy summed over all of them, if asked for."""
-        keys, answers = {}, len(batch.rows)
-        if isinstance(batch, PreferenceBatch):
-            keys, answers = {"shared_keys": batch.shared_keys, "key_offsets": batch.key_offsets}, 2 * batch.pairs
-        scores = model(
-            batch.input_ids,
-            batch.position_ids,
-            next_token_targets(batch.labels, batch.position_ids),
-            batch.document_offsets,
-            batch.max_document,
-            lengths=batch.lengths,
-            entropy=entropy,
-            **keys,
-        )
+        answers = 2 * batch.pairs if isinstance(batch, PreferenceBatch) else len(batch.rows)
+        scores = score_batch(model, batch, entropy=entropy)
         sums, tokens = sums_by_answer(scores.logprobs, batch.answer_of(scores.index), answers)
         return sums, tokens, None if scores.entropy is None else scores.entropy.double().sum()
 

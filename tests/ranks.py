@@ -7,6 +7,7 @@ launchers start their own.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import os
@@ -114,6 +115,7 @@ def _start(number: int, group: int, port: int, run: dict[str, Any]) -> int:
             }  # fmt: skip
         module, _, function = run["call"].partition(":")
         status = getattr(import_module(module), function)(*run["arguments"]) or 0
+        atexit._run_exitfuncs()  # what a process does that ends by itself: files of a drive are removed
     except BaseException:  # noqa: BLE001  # a fork must not go on with what its parent does
         traceback.print_exc()
     finally:

@@ -16,11 +16,11 @@ from llm_modules.base import CHECKPOINT_KEY, LLMModule
 from llm_modules.batch import ObjectiveOutput, Term
 from llm_modules.evaluation.rewards import Reward
 from llm_modules.generation import Generator
+from llm_modules.logprobs import score_batch
 from llm_modules.objectives.policy import GRPO, PolicyObjective
 from llm_modules.policy.answers import VALIDATION, Group, Respondent
 from llm_modules.policy.checks import Reference, check_settings
 from llm_modules.policy.critics import Critics
-from llm_modules.policy.scores import answer_logprobs
 from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batch
 from llm_modules.strategies import spread
 from llm_modules.strategies.together import together
@@ -240,7 +240,7 @@ class PolicyModule(LLMModule):
     def objective_step(self, batch: Any) -> ObjectiveOutput:
         if isinstance(batch, PromptBatch):
             return self._measure(batch)
-        logprobs = answer_logprobs(self.model, batch)
+        logprobs = score_batch(self.model, batch).logprobs
         values = self.critics.values(batch) if self.critics else None
         if batch.old_logprobs is None:
             batch.old_logprobs = logprobs.detach()
@@ -307,7 +307,7 @@ class PolicyModule(LLMModule):
         if self.old_logprobs == "rollout":
             rollouts.old_logprobs = rollouts.sampled_logprobs
         elif self.updates > 1 or self.objective.reads_old_logprobs:
-            asked["old_logprobs"] = lambda batch: answer_logprobs(self.model, batch)
+            asked["old_logprobs"] = lambda batch: score_batch(self.model, batch).logprobs
         if self.objective.needs_reference:
             asked["reference_logprobs"] = self._reference_logprobs
         if self.critics:
@@ -339,7 +339,8 @@ class PolicyModule(LLMModule):
     def _reference_logprobs(self, batch: PolicyBatch) -> Tensor:
         assert self.model is not None
         with as_reference(self.model, self._copy[0] if self._copy else None) as model:
-            return answer_logprobs(model, batch)
+            logprobs: Tensor = score_batch(model, batch).logprobs
+        return logprobs
 
     # --- validation, checkpoints
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import subprocess
@@ -63,4 +62,3 @@ def main(unit: str, cells: list[dict[str, Any]], out: str) -> None:
         str(folder / name) for name in ("aio/py_lib", "aio/common", "pin_memory")
     ]
     strategy_cells.main(cells, out)
-    atexit._run_exitfuncs()  # forked ranks end without: the folders on the drive go

@@ -16,8 +16,8 @@ from torch import Tensor
 from llm_modules import PolicyModule
 from llm_modules.evaluation.rewards import Reward
 from llm_modules.language_model import LanguageModelModule
+from llm_modules.logprobs import score_batch
 from llm_modules.objectives import GRPO, RLOO, OnlineDPO, PolicyObjective
-from llm_modules.policy.scores import answer_logprobs
 from llm_modules.rollouts import Rollouts, policy_batch
 from llm_modules.tokenizer import byte_tokenizer
 from llm_modules.zoo import Backbone
@@ -128,7 +128,7 @@ def ours(folder: Path, objective: PolicyObjective, rollouts: Rollouts, layout: s
     assert module.model is not None
     batch = policy_batch(rollouts, objective.select(rollouts), layout, 64)
     counts = batch.counts()
-    output = objective(batch, answer_logprobs(module.model, batch))
+    output = objective(batch, score_batch(module.model, batch).logprobs)
     loss = sum(term.weight * term.sum / counts[term.count] for term in output.terms.values())
     assert isinstance(loss, Tensor)
     loss.backward()
