@@ -15,8 +15,11 @@ from typing import Any
 from benchmarks.recorder import Recorder
 from benchmarks.sft_sides import Settings, run, train_with_trl, trl_arguments
 
+CHECKPOINTING = ("--model.init_args.backbone.activation_checkpointing", "true")
+COMPILED = ("--model.init_args.backbone.compile", "true")
 
-def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, **variant: Any) -> None:
+
+def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, adapter: Any = None, **variant: Any) -> None:
     """DPOTrainer as its documentation has it: conversational rows, its defaults, and what all sides share."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,13 +34,26 @@ def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, **varian
         args=DPOConfig(**arguments),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(work / "model"),
+        peft_config=adapter,
     )
-    train_with_trl(trainer, model, arguments, recorder)
+    train_with_trl(trainer, trainer.model, arguments, recorder)
 
 
 def trl_no_checkpointing(*args: Any) -> None:
     """TRL with the default that costs it the most time turned off."""
     trl(*args, gradient_checkpointing=False)
+
+
+def trl_cached(*args: Any) -> None:
+    """TRL with the reference's log-probabilities computed ahead."""
+    trl(*args, precompute_ref_log_probs=True)
+
+
+def trl_lora(work: Path, settings: Settings, recorder: Recorder, steps: int) -> None:
+    from peft import LoraConfig
+
+    linear = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    trl(work, settings, recorder, steps, adapter=linear)
 
 
 def recipe(work: Path, settings: Settings, recorder: Recorder, steps: int, *overrides: str) -> None:
@@ -55,14 +71,37 @@ def recipe_apart(*args: Any) -> None:
 
 
 def recipe_compiled(*args: Any) -> None:
-    recipe(*args, "--model.init_args.backbone.compile", "true")
+    recipe(*args, *COMPILED)
+
+
+def recipe_checkpointing(*args: Any) -> None:
+    recipe(*args, *CHECKPOINTING)
+
+
+def recipe_checkpointing_compiled(*args: Any) -> None:
+    recipe(*args, *CHECKPOINTING, *COMPILED)
+
+
+def recipe_cached(*args: Any) -> None:
+    """The least memory of a training of all weights."""
+    recipe(*args, *CHECKPOINTING, "--model.init_args.reference", "cached")
+
+
+def recipe_lora(*args: Any) -> None:
+    recipe(*args, "-c", "adapters/lora", *CHECKPOINTING)
 
 
 SIDES = {
     "recipe": recipe,
     "recipe-apart": recipe_apart,
     "recipe-compiled": recipe_compiled,
+    "recipe-checkpointing": recipe_checkpointing,
+    "recipe-checkpointing-compiled": recipe_checkpointing_compiled,
+    "recipe-cached": recipe_cached,
+    "recipe-lora": recipe_lora,
     "trl": trl,
+    "trl-cached": trl_cached,
+    "trl-lora": trl_lora,
     "trl-no-checkpointing": trl_no_checkpointing,
 }
 

@@ -19,7 +19,10 @@ def side(name: str) -> Side:
     return Side(name, "benchmarks.dpo_sides", (name,), STEPS, WARMUP)
 
 
-NAMES = ("recipe", "recipe-apart", "recipe-compiled", "trl", "trl-no-checkpointing")
+NAMES = (
+    *("recipe", "recipe-apart", "recipe-compiled", "recipe-checkpointing", "recipe-checkpointing-compiled"),
+    *("recipe-cached", "recipe-lora", "trl", "trl-no-checkpointing", "trl-cached", "trl-lora"),
+)
 
 COMPARISON = Comparison(
     name="dpo",

@@ -70,7 +70,12 @@ def recipe(work: Path, settings: Settings, recorder: Recorder, steps: int, *over
     fit("grpo", work, settings, recorder, steps, work / "prompts.jsonl", *where, *saves, *overrides)
 
 
-SIDES = {"recipe": recipe, "trl": trl, "trl-no-checkpointing": trl_no_checkpointing}
+def recipe_static(*args: Any) -> None:
+    """Keys and values have their place from the beginning; on a GPU a CUDA graph."""
+    recipe(*args, "--model.init_args.generator.cache", "static")
+
+
+SIDES = {"recipe": recipe, "recipe-static": recipe_static, "trl": trl, "trl-no-checkpointing": trl_no_checkpointing}
 
 if __name__ == "__main__":
     run(SIDES)

@@ -24,11 +24,12 @@ def side(name: str) -> Side:
 COMPARISON = Comparison(
     name="grpo",
     title="GRPO on gsm8k, 8 answers of 128 tokens to a prompt, an update each: answers a second against TRL",
-    sides={name: side(name) for name in ("recipe", "trl", "trl-no-checkpointing")},
+    sides={name: side(name) for name in ("recipe", "recipe-static", "trl", "trl-no-checkpointing")},
     default=("recipe", "trl", "trl-no-checkpointing"),
     baselines=("trl", "trl-no-checkpointing"),
     unit="answers",
     units_a_step=GROUP * BATCH,
+    check_steps=1,
 )
 
 if __name__ == "__main__":

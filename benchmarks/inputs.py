@@ -26,12 +26,14 @@ CHAT_TEMPLATE = (
 SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
 """33.8 M parameters with the vocabulary and tied embeddings."""
 
+SMALL_SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+"""7.4 M parameters, for processors without bf16 instructions."""
 
 LARGE_SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-    "num_key_value_heads": 8,
+    "num_key_value_heads": 8, "vocab_size": 128256,
 }  # fmt: skip
-"""1.0 B parameters, for a GPU: Llama 3.2 1B's with this vocabulary."""
+"""1.24 B parameters, for a GPU: Llama 3.2 1B's; of its vocabulary only the tokenizer's first tokens occur."""
 
 
 def data_folder() -> Path:
@@ -75,17 +77,9 @@ def book_text() -> str:
     return "\n\n".join(p.read_text(encoding="utf-8") for p in sorted((data_folder() / "books").glob("*.txt")))
 
 
-def write_model(
-    folder: Path,
-    texts: Iterable[str],
-    sequence: int = SEQUENCE,
-    vocabulary: int = VOCABULARY,
-    shape: dict[str, int] = SHAPE,
-) -> None:
-    """A byte-level BPE tokenizer trained on ``texts``, and a Llama with seeded random weights, as a HF folder."""
-    import torch
+def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
+    """A byte-level BPE tokenizer trained on ``texts``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from llm_modules.tokenizer import SPECIAL_TOKENS, wrap_tokenizer
 
@@ -94,17 +88,24 @@ def write_model(
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(SPECIAL_TOKENS), min_frequency=0, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY - len(SPECIAL_TOKENS), min_frequency=0, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = wrap_tokenizer(bpe)
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.model_max_length = sequence
+    tokenizer.model_max_length = SEQUENCE
     tokenizer.save_pretrained(folder)
+
+
+def write_weights(folder: Path, shape: dict[str, int]) -> None:
+    """A Llama with seeded random weights beside its tokenizer, as a HF folder."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     config = LlamaConfig(
-        **{"num_key_value_heads": shape["num_attention_heads"]} | shape,
-        vocab_size=vocabulary,
-        max_position_embeddings=sequence,
+        **{"num_key_value_heads": shape["num_attention_heads"], "vocab_size": VOCABULARY} | shape,
+        max_position_embeddings=SEQUENCE,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -112,4 +113,6 @@ def write_model(
         use_cache=False,
     )
     torch.manual_seed(1234)
-    LlamaForCausalLM(config).float().save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.float().save_pretrained(folder)

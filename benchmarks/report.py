@@ -24,6 +24,7 @@ class Comparison:
         sides: all there are; ``default`` names those that run unless told otherwise, ours first.
         baselines: sides that the others' ratios are taken to, where they ran; one table each.
         unit: what is counted; ``units_a_step`` of them in an optimizer step of ``BATCH`` rows.
+        check_steps: of the untimed runs.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Comparison:
     baselines: tuple[str, ...]
     unit: str
     units_a_step: int
+    check_steps: int = 4
 
 
 def main(comparison: Comparison, here: Path) -> None:
@@ -41,8 +43,10 @@ def main(comparison: Comparison, here: Path) -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="of each side, in alternation (at least 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, the same for all sides")
     parser.add_argument("--work", type=Path, default=here / "results" / "work", help="folder for inputs and logs")
+    parser.add_argument("--prepared", action="store_true", help="--work holds the inputs, though maybe no weights")
     options = parser.parse_args()
-    data_folder()
+    if not options.prepared:
+        data_folder()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     work = (options.work / comparison.name).absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -50,10 +54,13 @@ def main(comparison: Comparison, here: Path) -> None:
     sides = [comparison.sides[name] for name in options.sides]
     try:
         print(f"{comparison.title}\n{machine}\npreparing", flush=True)
-        prepare = [sys.executable, "-m", "benchmarks.prepare", comparison.name, str(work)]
+        prepare = [sys.executable, "-m", "benchmarks.prepare"]
+        prepare += ["weights" if options.prepared else comparison.name, str(work)]
         subprocess.run(prepare, cwd=harness.ROOT, check=True, stderr=subprocess.DEVNULL)
         print("checking that all sides do the same work", flush=True)
-        checks = harness.check_sides([s for s in sides if not s.name.endswith("-compiled")], work)
+        checks = harness.check_sides(
+            [s for s in sides if not s.name.endswith("-compiled")], work, steps=comparison.check_steps
+        )
         print(f"measuring, {options.repetitions} repetitions", flush=True)
         runs = harness.compare(sides, work, repetitions=options.repetitions)
     except (harness.BenchmarkError, subprocess.CalledProcessError) as error:

@@ -42,7 +42,8 @@ class Generator:
         seed: together with a prompt's row it decides what is drawn.
         num_beams: sequences kept per prompt (beam only).
         length_penalty: finished sequences are ranked by log p / length ** length_penalty (beam only).
-        cache: keys and values grow with the text (dynamic), or are allocated once and compiled on a GPU (static).
+        cache: keys and values grow with the text (dynamic), or are allocated once (static): then the step of a token is
+            compiled on a GPU, or recorded as a CUDA graph where a policy answers in groups.
         stop: strings that end an answer; they are not part of it.
         batch_size: prompts decoded together.
         too_long: what to do with a prompt that leaves no room for max_new_tokens in the model's positions: error, or

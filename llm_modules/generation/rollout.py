@@ -19,6 +19,7 @@ from torch import Tensor
 from llm_modules.generation.completion import Detokenizer, cut
 from llm_modules.generation.decoding import Decoder
 from llm_modules.generation.processors import RepetitionPenalty, SeededSampler
+from llm_modules.generation.steps import FixedSteps, GrowingSteps, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,8 +64,6 @@ class GroupSampler(Decoder):
         problem = None
         if settings.strategy == "beam":
             problem = "strategy: beam finds likely answers, it does not sample; use sample"
-        elif settings.cache != "dynamic":
-            problem = f"cache: {settings.cache} cannot lose rows; use dynamic"
         elif self.virtual:
             problem = "the model has virtual tokens in front, which are not sampled from in groups; use another adapter"
         elif "position_ids" not in inspect.signature(self.hf.forward).parameters:
@@ -105,7 +104,7 @@ class GroupSampler(Decoder):
     @torch.no_grad()
     def _sample(self, prompts: list[list[int]], rows: Sequence[int], size: int) -> list[tuple[list[int], list[float]]]:
         """(ids, log-probabilities) of each answer, those to a prompt next to one another."""
-        cache, mask, seen, logits = self._read(prompts, size)
+        steps, mask, seen, logits = self._read(prompts, size)
         length = seen.shape[1]
         processors = self._processors(mask, rows)
         criteria = self._criteria(length, None)
@@ -132,34 +131,22 @@ class GroupSampler(Decoder):
                 if last or not len(keep):
                     break
                 alive, ended, seen, token = alive[keep], ended[keep], seen[keep], token[keep]
-                mask, scores = mask[keep], [column[keep] for column in scores]
-                cache.batch_select_indices(keep)
+                scores = [column[keep] for column in scores]
+                steps.keep(keep)
                 _keep(processors, keep)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits = self._forward(token[:, None], mask, cache)
+            logits = steps(token)
         return answers
 
-    def _read(self, prompts: list[list[int]], size: int) -> tuple[Any, Tensor, Tensor, Tensor]:
-        """(cache, mask, ids, next logits) of the prompts, each read once and then repeated for its answers."""
-        from transformers import DynamicCache
-
+    def _read(self, prompts: list[list[int]], size: int) -> tuple[GrowingSteps | FixedSteps, Tensor, Tensor, Tensor]:
+        """(steps, mask, ids, next logits) of the prompts, each read once and then repeated for its answers."""
         ids, mask = self._padded(prompts)
-        cache = DynamicCache(config=self.hf.config)
-        logits = self._forward(ids, mask, cache)
-        if size > 1:
-            cache.batch_repeat_interleave(size)
+        cache, logits = read(self.hf, ids, mask)
+        if self.settings.cache == "static":
+            steps: GrowingSteps | FixedSteps = FixedSteps(self.hf, cache, mask, size, self.settings.max_new_tokens - 1)
+        else:
+            steps = GrowingSteps(self.hf, cache, mask, size)
         mask, ids, logits = (tensor.repeat_interleave(size, 0) for tensor in (mask, ids, logits))
-        return cache, mask, ids, logits
-
-    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """(B, V) logits after the last of the new ids."""
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        only = {"logits_to_keep": 1} if self.hf._supports_logits_to_keep() else {}
-        outputs = self.hf(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **only
-        )
-        logits: Tensor = outputs.logits[:, -1]
-        return logits
+        return steps, mask, ids, logits
 
     @staticmethod
     def _write(answers: list[Any], alive: Tensor, ids: Tensor, scores: list[Tensor], leaving: Tensor) -> None:

@@ -113,6 +113,9 @@ def packed_attention(
         return out if context is None else context.to_positions(out), None
     if softcap is not None:
         return _softcapped(module, query, key, value, attention_mask, scaling, dropout, softcap), None
+    single = query.shape[1] > key.shape[1] and query.shape[2] == 1 and kwargs.get("position_bias") is None
+    if single and not dropout and attention_mask is not None and attention_mask.dtype == torch.bool:
+        return _one_position(query, key, value, attention_mask, scaling), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
     return sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs)
@@ -193,6 +196,14 @@ def _flash(
     )
     assert isinstance(out, Tensor)
     return out.unflatten(0, (rows, length))
+
+
+def _one_position(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """One token of each row: the heads that share keys are a matrix, where sdpa would copy the keys for each head."""
+    query = query.squeeze(2).unflatten(1, (key.shape[1], -1))
+    scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return (probs.to(value.dtype) @ value).flatten(1, 2)[:, None]
 
 
 def _softcapped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ TINY = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},
+    "mistral": {"sliding_window": None},
     "gemma2": {"sliding_window": 16, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 1.0},
 }
 PROMPTS = ["hello", "a much longer prompt than the other two", "x y z"]
@@ -41,16 +43,19 @@ def sample(model: Any, tokenizer: Any, settings: Generator, size: int = 4) -> An
         return ids, sampler.sample(ids, [[size * i + j for j in range(size)] for i in range(len(PROMPTS))])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [*((family, "dynamic") for family in FAMILIES), ("llama", "static"), ("qwen3", "static"), ("mistral", "static")],
+)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"top_p": 0.9, "repetition_penalty": 1.1, "temperature": 0.7}, {"stop": ["a"], "batch_size": 4}],
     ids=["plain", "warped", "stop"],
 )
-def test_a_group_is_what_the_generator_draws(family: str, settings: dict[str, Any]) -> None:
+def test_a_group_is_what_the_generator_draws(family: str, cache: Any, settings: dict[str, Any]) -> None:
     model, tokenizer = built(family)
     generator = Generator(**{"strategy": "sample", "max_new_tokens": 40, "seed": 3, "batch_size": 12} | settings)
-    _, groups = sample(model, tokenizer, generator)
+    _, groups = sample(model, tokenizer, replace(generator, cache=cache))
     ended = set()
     for place, (prompt, group) in enumerate(zip(PROMPTS, groups, strict=True)):
         rows = [4 * place + number for number in range(4)]
@@ -67,8 +72,6 @@ def test_a_group_is_what_the_generator_draws(family: str, settings: dict[str, An
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_log_probabilities_are_those_that_training_computes(family: str, temperature: float, layout: str) -> None:
-    from dataclasses import replace
-
     from llm_modules.logprobs import next_token_targets
 
     model, tokenizer = built(family)
@@ -124,9 +127,24 @@ def test_rows_of_no_answers_say_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"strategy": "beam"}, "strategy: beam finds"), ({"strategy": "sample", "cache": "static"}, "cache: static")],
+    [
+        ({"strategy": "beam"}, "strategy: beam finds"),
+    ],
 )
 def test_settings_that_do_not_sample(settings: dict[str, Any], said: str) -> None:
     model, tokenizer = built("llama")
     with pytest.raises(ValueError, match=said):
         GroupSampler(Generator(max_new_tokens=4, **settings), model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "said"),
+    [
+        ("gemma2", "packed", "does not keep the keys and values"),
+        ("llama", "eager", "attention 'eager' takes other masks"),
+    ],
+)
+def test_models_without_a_fixed_cache(family: str, attention: str, said: str) -> None:
+    model, tokenizer = built(family, attention=attention)
+    with pytest.raises(ValueError, match=f"cache: static: .*{said}.*use dynamic"):
+        sample(model, tokenizer, Generator(strategy="sample", max_new_tokens=4, cache="static"))

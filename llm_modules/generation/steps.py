@@ -1,0 +1,163 @@
+"""One decoding step after another, over keys and values that grow or that have their place from the beginning.
+
+Shape legend: B rows, T positions with left padding, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from llm_modules.zoo.attention import NAME
+
+
+def read(hf: Any, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+    """(cache, (B, V) next logits) of prompts."""
+    cache = DynamicCache(config=hf.config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return cache, _logits(hf, ids, mask, positions, cache)
+
+
+def _logits(hf: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    """(B, V) logits after the last of the new ids."""
+    only = {"logits_to_keep": 1} if hf._supports_logits_to_keep() else {}
+    outputs = hf(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **only)
+    logits: Tensor = outputs.logits[:, -1]
+    return logits
+
+
+class GrowingSteps:
+    """Keys and values are put together anew in each step.
+
+    Args:
+        hf: transformers' model.
+        cache: of the prompts.
+        mask: (B, T) int64, 1 where a prompt is.
+        size: rows that each prompt becomes, next to one another.
+    """
+
+    def __init__(self, hf: Any, cache: DynamicCache, mask: Tensor, size: int) -> None:
+        if size > 1:
+            cache.batch_repeat_interleave(size)
+        self.hf, self.cache, self.mask = hf, cache, mask.repeat_interleave(size, 0)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """(B, V) next logits after another (B,) tokens."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        positions = self.mask.sum(-1, keepdim=True) - 1
+        return _logits(self.hf, token[:, None], self.mask, positions, self.cache)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.mask = self.mask[rows]
+        self.cache.batch_select_indices(rows)
+
+
+class FixedSteps:
+    """Keys and values have their place from the beginning, and steps are all alike: on a GPU a step is recorded as a
+    CUDA graph and replayed, for Python cannot launch the kernels of a token as fast as they are done.
+
+    Arguments: as of ``GrowingSteps``, and
+
+    Args:
+        steps: most tokens that will follow.
+
+    Raises:
+        ValueError: the model keeps something else than keys and values of all positions, or has an attention that does
+            not take a mask of booleans.
+    """
+
+    def __init__(self, hf: Any, cache: DynamicCache, mask: Tensor, size: int, steps: int) -> None:
+        kind, attention = type(hf).__name__, hf.config._attn_implementation
+        problem = None
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            problem = f"{kind} does not keep the keys and values of all positions in each layer"
+        elif attention not in (NAME, "sdpa"):
+            problem = f"attention {attention!r} takes other masks than {NAME!r} and 'sdpa'"
+        if problem is not None:
+            raise ValueError(f"generation: cache: static: {problem}; use dynamic")
+        length = mask.shape[1]
+        self.hf, self.size = hf, length + steps
+        self.ids = mask.new_zeros(len(mask) * size, 1)
+        self.positions = mask.sum(-1, keepdim=True).repeat_interleave(size, 0)
+        self.place = torch.tensor([length], device=mask.device)
+        self.mask = torch.zeros(len(mask) * size, 1, 1, self.size, dtype=torch.bool, device=mask.device)
+        self.mask[:, 0, 0, :length] = mask.bool().repeat_interleave(size, 0)
+        self.cache = DynamicCache()
+        self.cache.layers = [_FixedLayer(layer, self.place, self.size, size) for layer in cache.layers]
+        self._record()
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """(B, V) next logits after another (B,) tokens; the next call overwrites them."""
+        self.ids.copy_(token[:, None])
+        return self._step()
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.ids, self.positions, self.mask = (t[rows] for t in (self.ids, self.positions, self.mask))
+        self.cache.batch_select_indices(rows)
+        self._record()
+
+    def _advance(self) -> Tensor:
+        self.mask.index_fill_(-1, self.place, True)
+        logits = _logits(self.hf, self.ids, self.mask, self.positions, self.cache)
+        self.positions += 1
+        self.place += 1
+        return logits
+
+    def _record(self) -> None:
+        self._step: Callable[[], Tensor] = self._advance
+        if self.place.is_cuda:
+            self._step = self._recorded()
+
+    def _recorded(self) -> Callable[[], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders pin memory in other threads
+                logits = self._advance()
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(
+                f"generation: cache: static: a step of {type(self.hf).__name__} cannot be recorded as a CUDA graph "
+                f"({first}); use dynamic"
+            ) from error
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+
+class _FixedLayer(DynamicLayer):
+    """Room for ``length`` positions of ``size`` rows for each row of a layer that has read the prompts.
+
+    It holds what attention multiplies: autocast would narrow all of it in each step.
+    """
+
+    def __init__(self, read: Any, place: Tensor, length: int, size: int) -> None:
+        super().__init__()
+        self.lazy_initialization(read.keys, read.values)
+        self.place = place
+        self.keys, self.values = (self._room(tensor, length, size) for tensor in (read.keys, read.values))
+
+    @staticmethod
+    def _room(tensor: Tensor, length: int, size: int) -> Tensor:
+        rows, heads, known, width = tensor.shape
+        device = tensor.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+        # Not empty: what is masked is still multiplied, by zero.
+        made = tensor.new_zeros(rows * size, heads, length, width, dtype=dtype)
+        made[:, :, :known] = tensor.repeat_interleave(size, 0)
+        return made
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        keys = self.keys.index_copy_(2, self.place, key_states.to(self.keys.dtype))
+        return keys, self.values.index_copy_(2, self.place, value_states.to(self.values.dtype))
