@@ -16,7 +16,7 @@ from llm_modules.logprobs import score_batch
 from llm_modules.objectives.distillation import DistillationObjective, ForwardKL
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone, CausalLM
-from llm_modules.zoo.reference import as_reference, base_logits, needs_copy
+from llm_modules.zoo.reference import as_reference, base_logits, needs_copy, place_frozen
 
 Reference = Literal["auto", "base", "copy"]
 
@@ -138,7 +138,7 @@ class DistillationModule(LLMModule):
 
     def _place_copy(self) -> None:
         for copy in self._copy:
-            copy.to(self.device)
+            place_frozen(copy, self.trainer, self.device)
 
     def objective_step(self, batch: TokenBatch) -> ObjectiveOutput:
         assert self.model is not None

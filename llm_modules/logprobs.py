@@ -6,13 +6,14 @@ Shape legend: B rows, T positions, M target tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm_modules.batch import IGNORE_INDEX, TaughtScores, TokenBatch
+from llm_modules.fused_logprobs import chunk_gradient, chunk_scores, compiled
+from llm_modules.head_transform import HeadTransform
 
 DEFAULT_CHUNK = 1024
 """Targets scored at once: what bounds the memory. The weight's gradient is added up once a chunk."""
@@ -69,36 +70,6 @@ def sums_by_answer(values_M: Tensor, answer_M: Tensor, answers: int) -> tuple[Te
     return sums, torch.bincount(answer_M, minlength=answers).to(sums)
 
 
-@dataclass(frozen=True)
-class HeadTransform:
-    """What is done to ``hidden @ weight.T + bias`` before the softmax: the scale, then the soft-cap, both of the model,
-    then the temperature that was asked for.
-
-    Attributes:
-        scale: logits are multiplied by it (Cohere's ``logit_scale``, 1 / Granite's ``logits_scaling``).
-        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
-        temperature: logits are divided by it at last: log-probabilities of what is sampled at it.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits / self.temperature if self.temperature != 1.0 else logits
-
-    def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient before the transform, in place, of ``grad`` after it; ``logits`` are those after it."""
-        if self.softcap is not None:
-            grad.mul_(1 - (logits * (self.temperature / self.softcap)).square_())
-        factor = self.scale / self.temperature
-        return grad.mul_(factor) if factor != 1.0 else grad
-
-
 def linear_logprobs(
     hidden_MH: Tensor,
     weight_VH: Tensor,
@@ -109,6 +80,7 @@ def linear_logprobs(
     uniform: bool = False,
     statistics: bool = False,
     chunk: int = DEFAULT_CHUNK,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probabilities of the targets under a linear head, without ever holding all the logits.
 
@@ -123,6 +95,7 @@ def linear_logprobs(
         targets_M: (M,) token ids, none of them ``IGNORE_INDEX``.
         bias_V: (V,) bias of the head.
         statistics: also return the log-normalizer and the mean log-probability.
+        fused: compile what is done beside the matrix products (see ``fused_logprobs``).
 
     Returns:
         logprobs (M,), and, with ``statistics``, logsumexp of the logits (M,) and mean log p over V (M,); all fp32.
@@ -131,7 +104,16 @@ def linear_logprobs(
     # In fp16 a gradient made before the loss scale is applied would underflow.
     uniform = uniform and not statistics and dtype != torch.float16 and torch.is_grad_enabled()
     logprobs, log_normalizer, mean_logprob = _LinearLogprobs.apply(
-        hidden_MH, weight_VH, bias_V, targets_M, transform, dtype, chunk, uniform
+        hidden_MH,
+        weight_VH,
+        bias_V,
+        targets_M,
+        transform,
+        dtype,
+        chunk,
+        uniform,
+        statistics,
+        fused,
     )
     return (logprobs, log_normalizer, mean_logprob) if statistics else (logprobs, None, None)
 
@@ -201,6 +183,8 @@ class _LinearLogprobs(torch.autograd.Function):
         dtype: torch.dtype,
         chunk: int,
         uniform: bool,
+        statistics: bool,
+        fused: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight = weight_VH.to(dtype)
         outputs = torch.empty(3, len(targets_M), dtype=torch.float32, device=hidden_MH.device)
@@ -208,6 +192,14 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, len(targets_M), chunk):
             part = slice(start, start + chunk)
             hidden = hidden_MH[part].to(dtype)
+            if fused:
+                product, targets = hidden @ weight.T, targets_M[part]
+                outputs[:, part] = compiled(chunk_scores)(product, bias_V, targets, transform, statistics)
+                if grads is not None:
+                    ones, zeros = torch.ones_like(outputs[1, part]), torch.zeros_like(outputs[1, part])
+                    settings = bias_V, targets, outputs[1, part], (ones, zeros, zeros), transform
+                    grads.add(part, compiled(chunk_gradient)(product, *settings), hidden, weight)
+                continue
             if grads is not None:
                 outputs[:2, part], grad = _scores_and_gradient(hidden, weight, bias_V, targets_M[part], transform)
                 grads.add(part, grad, hidden, weight)
@@ -216,8 +208,9 @@ class _LinearLogprobs(torch.autograd.Function):
             log_normalizer = logits.logsumexp(-1)
             outputs[0, part] = logits.gather(-1, targets_M[part, None]).squeeze(-1) - log_normalizer
             outputs[1, part] = log_normalizer
-            outputs[2, part] = logits.mean(-1) - log_normalizer
-        ctx.settings = transform, dtype, chunk
+            if statistics:
+                outputs[2, part] = logits.mean(-1) - log_normalizer
+        ctx.settings = transform, dtype, chunk, fused
         ctx.grads = grads
         ctx.save_for_backward(hidden_MH, weight_VH, bias_V, targets_M, outputs[1])
         return outputs[0], outputs[1], outputs[2]
@@ -225,23 +218,28 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         hidden_MH, weight_VH, bias_V, targets_M, log_normalizer_M = ctx.saved_tensors
-        transform, dtype, chunk = ctx.settings
+        transform, dtype, chunk, fused = ctx.settings
         on_logprob, on_normalizer, on_mean = upstream
         if ctx.grads is not None and len(on_logprob) and bool((on_logprob == on_logprob[0]).all()):
             gradients, ctx.grads = ctx.grads, None  # scaled in place: a second backward must compute its own
-            return *gradients.scaled(on_logprob[0]), None, None, None, None, None
+            return *gradients.scaled(on_logprob[0]), *[None] * 7
         grads = _Gradients(ctx.needs_input_grad, hidden_MH, weight_VH, bias_V)
         weight = weight_VH.to(dtype)
         for start in range(0, len(targets_M), chunk):
             part = slice(start, start + chunk)
             hidden = hidden_MH[part].to(dtype)
+            if fused:
+                on_part = tuple(gradient[part] for gradient in upstream)
+                settings = bias_V, targets_M[part], log_normalizer_M[part], on_part, transform
+                grads.add(part, compiled(chunk_gradient)(hidden @ weight.T, *settings), hidden, weight)
+                continue
             logits = transform(_logits(hidden, weight, bias_V))
             grad = _probabilities(logits, log_normalizer_M[part], keep=transform.softcap is not None)
             on_log_p, on_mean_p = on_logprob[part, None], on_mean[part, None]
             grad.mul_(on_normalizer[part, None] - on_log_p - on_mean_p).add_(on_mean_p / grad.shape[-1])
             grad.scatter_add_(-1, targets_M[part, None], on_log_p)
             grads.add(part, transform.backward_(grad, logits).to(dtype), hidden, weight)
-        return *grads.scaled(None), None, None, None, None, None
+        return *grads.scaled(None), *[None] * 7
 
 
 class _Gradients:

@@ -26,7 +26,7 @@ from llm_modules.logprobs import score_batch, sums_by_answer
 from llm_modules.objectives.labelled import LabelledObjective
 from llm_modules.objectives.preference import DPO, PreferenceObjective
 from llm_modules.zoo import Backbone, CausalLM
-from llm_modules.zoo.reference import as_reference, needs_copy, still
+from llm_modules.zoo.reference import as_reference, needs_copy, place_frozen, still
 from llm_modules.zoo.weights import weights_digest
 
 Reference = Literal["auto", "base", "copy", "cached"]
@@ -123,7 +123,7 @@ class PreferenceModule(LLMModule):
         if not self._copy:
             return
         if self.reference != "cached":
-            self._copy[0].to(self.device)
+            place_frozen(self._copy[0], self.trainer, self.device)
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "pair_values"):

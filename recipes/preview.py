@@ -128,9 +128,9 @@ def whole_summary(
     """
     summary = module.backbone.summary(**known, **training, scalar=getattr(module, "scalar", False))
     memory = summary.memory
-    frozen = memory.weights * getattr(module, "frozen_copies", 0)
+    frozen = frozen_bytes(summary, known["precision"]) * getattr(module, "frozen_copies", 0)
     if (teacher := getattr(module, "teacher", None)) is not None:
-        frozen += teacher.summary(**known).memory.weights
+        frozen += frozen_bytes(teacher.summary(**known), known["precision"])
     cache = 0
     if isinstance(module, PolicyModule):
         frozen += sum(getattr(reward, "stored_bytes", 0) for reward in module.all_rewards)
@@ -139,6 +139,14 @@ def whole_summary(
         config = module.backbone.final_config(**{name: known[name] for name in known if name != "tokens"})
         cache = cache_bytes(config, *answers_together(module, data, devices), known["precision"])
     return replace(summary, memory=replace(memory, frozen=frozen, cache=cache))
+
+
+def frozen_bytes(summary: ModelSummary, precision: str) -> int:
+    """Of a model that is asked and not trained, whose linear layers autocast would narrow (see ``place_frozen``)."""
+    assert summary.memory is not None
+    whole = summary.memory.weights
+    narrowed = precision.endswith("-mixed") and whole == 4 * summary.parameters
+    return whole - 2 * summary.linear if narrowed else whole
 
 
 def slow_precision(trainer: Any) -> list[str]:

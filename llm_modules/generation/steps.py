@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from llm_modules.zoo.attention import NAME
+MASKED = ("packed", "sdpa")
+"""Attention functions that take a mask of booleans: ours, and torch's."""
 
 
 def read(hf: Any, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
@@ -77,8 +78,8 @@ class FixedSteps:
         problem = None
         if any(type(layer) is not DynamicLayer for layer in cache.layers):
             problem = f"{kind} does not keep the keys and values of all positions in each layer"
-        elif attention not in (NAME, "sdpa"):
-            problem = f"attention {attention!r} takes other masks than {NAME!r} and 'sdpa'"
+        elif attention not in MASKED:
+            problem = f"attention {attention!r} takes other masks than {' and '.join(map(repr, MASKED))}"
         if problem is not None:
             raise ValueError(f"generation: cache: static: {problem}; use dynamic")
         length = mask.shape[1]

@@ -26,7 +26,7 @@ from llm_modules.strategies import spread
 from llm_modules.strategies.together import together
 from llm_modules.strategies.whole import WholeModels
 from llm_modules.zoo import Backbone, CausalLM
-from llm_modules.zoo.reference import as_reference, needs_copy
+from llm_modules.zoo.reference import as_reference, needs_copy, place_frozen
 
 
 class PolicyModule(LLMModule):
@@ -210,7 +210,7 @@ class PolicyModule(LLMModule):
                 f"tokens leaves {room} of sequence_length {self.sequence_length}; lower it, or data.longest_prompt"
             )
         for model in self._copy:
-            model.to(self.device)
+            place_frozen(model, self.trainer, self.device)
         for reward in self.all_rewards:
             if hasattr(reward, "bind"):
                 reward.bind(self.tokenizer)

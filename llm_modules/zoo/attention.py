@@ -83,8 +83,8 @@ def packed_attention(
         sliding_window: a position sees itself and this many minus one before it.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
         cu_seq_lens_q: (documents + 1,) int32 cumulative lengths; then B is 1 and there is no mask.
-        kwargs: ``shared_keys``, (keys,) int64 the positions that the documents see, those of one after another, its own
-            last, and ``cu_seq_lens_k``, their cumulative lengths; without, each document sees itself.
+        kwargs: ``shared_keys``, (keys,) int64 positions that the documents see, one after another, its own last, and
+            ``cu_seq_lens_k``, their cumulative lengths; without, each document sees itself.
 
     Returns:
         (B, N, H, D) and None (no attention weights).
@@ -111,14 +111,7 @@ def packed_attention(
         keys = kwargs.get("shared_keys"), kwargs.get("cu_seq_lens_k")
         out = _documents(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap, *keys)
         return out if context is None else context.to_positions(out), None
-    if softcap is not None:
-        return _softcapped(module, query, key, value, attention_mask, scaling, dropout, softcap), None
-    single = query.shape[1] > key.shape[1] and query.shape[2] == 1 and kwargs.get("position_bias") is None
-    if single and not dropout and attention_mask is not None and attention_mask.dtype == torch.bool:
-        return _one_position(query, key, value, attention_mask, scaling), None
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
-
-    return sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs)
+    return _masked(module, query, key, value, attention_mask, scaling, dropout, softcap, is_causal, kwargs), None
 
 
 def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,6 +189,30 @@ def _flash(
     )
     assert isinstance(out, Tensor)
     return out.unflatten(0, (rows, length))
+
+
+def _masked(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """(B, N, H, D) of rows with a cache or a mask: in generation."""
+    if softcap is not None:
+        return _softcapped(module, query, key, value, mask, scaling, dropout, softcap)
+    single = query.shape[2] == 1 < query.shape[1] // key.shape[1] and kwargs.get("position_bias") is None
+    if single and not dropout and mask is not None and mask.dtype == torch.bool:
+        return _one_position(query, key, value, mask, scaling)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+
+    out: Tensor = sdpa(module, query, key, value, mask, dropout, scaling, is_causal=is_causal, **kwargs)[0]
+    return out
 
 
 def _one_position(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:

@@ -56,7 +56,8 @@ class Backbone:
             less memory, about a third more time; a number n: only every n-th block; ``selective``: keep the outputs of
             matrix products and attention too: less saved, hardly more time.
         activation_offload: keep what the backward pass needs in host memory, for GPUs (on a CPU it only costs).
-        compile: compile each decoder block with torch.compile: about a minute at the start, then faster.
+        compile: compile each decoder block (on a GPU the head as well) with torch.compile: about a minute at the start,
+            then faster.
         head: ``chunked`` scores the trained tokens without ever holding all the logits; ``plain`` holds them (for
             comparison); ``liger`` uses liger-kernel (CUDA).
         head_chunk: tokens that the chunked head scores at once.

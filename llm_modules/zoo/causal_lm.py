@@ -322,7 +322,7 @@ class CausalLM(nn.Module):
         return self.hf if self.adapter is None or self.virtual is None else self.adapter.peft_model
 
     def compile_blocks(self) -> None:
-        """Compile each decoder block in place; names of parameters stay as they are.
+        """Compile each decoder block in place, and the head (on a GPU); names of parameters stay as they are.
 
         Raises:
             ValueError: the family has no decoder blocks that transformers marks as such.
@@ -332,6 +332,7 @@ class CausalLM(nn.Module):
             raise ValueError(f"backbone.compile: {type(self.hf).__name__} has no decoder blocks; set it to false")
         for block in blocks:
             block.compile(dynamic=True)
+        self.head.fused = True
 
     def offload_activations(self) -> None:
         """Keep what the decoder's backward pass needs in host memory."""

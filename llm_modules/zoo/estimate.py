@@ -117,6 +117,7 @@ class ModelSummary:
         sequence_length: longest row of the run in tokens.
         memory: peak memory of training; None where it was not asked for.
         trained: number of the parameters that are trained; None: all.
+        linear: those of linear layers, beside the head.
     """
 
     family: str
@@ -130,6 +131,7 @@ class ModelSummary:
     sequence_length: int
     memory: PeakMemory | None = None
     trained: int | None = None
+    linear: int = 0
 
     def __str__(self) -> str:
         """A few aligned lines."""
@@ -154,6 +156,11 @@ def si(number: float) -> str:
     return f"{number:.3g}"
 
 
+def is_narrowed(module: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether autocast narrows all of a module's weights, which nobody else reads: a linear layer beside the head."""
+    return type(module) is nn.Linear and module is not model.get_output_embeddings()
+
+
 def summarize(config: PretrainedConfig, *, sequence_length: int) -> ModelSummary:
     """Parameters and FLOPs of a config with its final vocabulary, from a model on the meta device."""
     model, text = meta_model(config), config.get_text_config()
@@ -172,4 +179,5 @@ def summarize(config: PretrainedConfig, *, sequence_length: int) -> ModelSummary
         positions=getattr(text, "max_position_embeddings", None),
         flops=token_flops(model),
         sequence_length=sequence_length,
+        linear=sum(p.numel() for m in model.modules() if is_narrowed(m, model) for p in m.parameters()),
     )

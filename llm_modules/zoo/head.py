@@ -68,12 +68,16 @@ class ScoringHead(nn.Module):
         kind: ``chunked`` never holds all the logits; ``plain`` does (slow and large, for comparison); ``liger`` uses
             liger-kernel's fused kernels (CUDA).
         chunk: targets scored at once.
+
+    Attributes:
+        fused: of ``linear_logprobs``, on a GPU.
     """
 
     def __init__(self, transform: HeadTransform, *, kind: HeadKind, chunk: int = DEFAULT_CHUNK) -> None:
         super().__init__()
         check_head_kind(kind, chunk)
         self.transform, self.kind, self.chunk = transform, kind, chunk
+        self.fused = False
 
     def forward(
         self,
@@ -100,6 +104,7 @@ class ScoringHead(nn.Module):
             uniform=uniform,
             statistics=statistics,
             chunk=self.chunk,
+            fused=self.fused and hidden_MH.is_cuda,
         )
 
     def through(

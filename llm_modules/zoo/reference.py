@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm_modules.zoo.adapter_config import keeps_base
 from llm_modules.zoo.causal_lm import CausalLM
+from llm_modules.zoo.estimate import is_narrowed
 
 
 def needs_copy(model: CausalLM, wanted: str) -> bool:
@@ -28,6 +30,23 @@ def needs_copy(model: CausalLM, wanted: str) -> bool:
         why = "there is no adapter" if adapter is None else f"this {adapter.kind} changes the base that it is put into"
         raise ValueError(f"model.reference: base, but {why}; allowed: copy, auto")
     return True
+
+
+def place_frozen(copy: CausalLM, trainer: Any, device: torch.device) -> None:
+    """Move a frozen copy to its device, as small as it can be.
+
+    Autocast would narrow the weights of its linear layers in each forward pass, so they are narrowed once: the numbers
+    are the same. Norms, embeddings and the head are left.
+    """
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, MixedPrecision):
+        dtype = torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16
+        for module in copy.hf.modules():
+            if is_narrowed(module, copy.hf):
+                module.to(dtype)
+    copy.to(device)
 
 
 @contextmanager

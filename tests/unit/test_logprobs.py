@@ -44,8 +44,9 @@ def inputs(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("upstream", ["uniform", "uniform-unexpected", "per-token", "wrongly-uniform"])
-def test_equals_log_softmax(name: str, bias: bool, upstream: str) -> None:
+def test_equals_log_softmax(name: str, bias: bool, upstream: str, fused: bool) -> None:
     transform = TRANSFORMS[name]
     hidden, weight, targets, offset = inputs(bias)
     leaves = [leaf for leaf in (hidden, weight, offset) if leaf is not None]
@@ -55,7 +56,7 @@ def test_equals_log_softmax(name: str, bias: bool, upstream: str) -> None:
     expected_gradients = torch.autograd.grad((expected * factors).sum(), leaves)
     uniform = upstream in ("uniform", "wrongly-uniform")
     actual, normalizer, mean = linear_logprobs(
-        hidden, weight, targets, offset, transform=transform, uniform=uniform, chunk=7
+        hidden, weight, targets, offset, transform=transform, uniform=uniform, chunk=7, fused=fused
     )
     assert normalizer is None
     assert mean is None
@@ -76,8 +77,9 @@ def test_entropies_are_those_of_torchs_categorical(name: str, bias: bool) -> Non
     assert linear_entropies(hidden[:0], weight, offset).shape == (0,)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_statistics_and_their_gradients(name: str) -> None:
+def test_statistics_and_their_gradients(name: str, fused: bool) -> None:
     transform = TRANSFORMS[name]
     hidden, weight, targets, offset = inputs(bias=True)
     assert offset is not None
@@ -88,7 +90,7 @@ def test_statistics_and_their_gradients(name: str) -> None:
     total = (logp.gather(-1, targets[:, None])[:, 0] * a + logits.logsumexp(-1) * b + logp.mean(-1) * c).sum()
     expected = torch.autograd.grad(total, leaves)
     scores, normalizer, mean = linear_logprobs(
-        hidden, weight, targets, offset, transform=transform, statistics=True, uniform=True, chunk=5
+        hidden, weight, targets, offset, transform=transform, statistics=True, uniform=True, chunk=5, fused=fused
     )
     assert normalizer is not None
     assert mean is not None

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -282,7 +283,7 @@ def test_reinforcement_learning_takes_critics_copies_and_a_cache(
     """Each part against the bytes of the tensors that are there: of models, of the optimizer, of the answers' cache."""
     from llm_modules import PolicyModule
     from llm_modules.evaluation import Format, ModelReward
-    from llm_modules.generation import Generator
+    from llm_modules.generation import Generator, steps
     from llm_modules.generation.rollout import GroupSampler
     from llm_modules.objectives import SafePPO
     from recipes.preview import whole_summary
@@ -312,20 +313,21 @@ def test_reinforcement_learning_takes_critics_copies_and_a_cache(
     state = sum(tensor.nbytes for kept in optimizer.state.values() for tensor in kept.values())
     assert memory.optimizer == pytest.approx(state, rel=1e-3)
     largest = 0
-    forward = GroupSampler._forward
+    forward = steps._logits
 
-    def watched(sampler: GroupSampler, ids: Any, mask: Any, cache: Any) -> Any:
+    def watched(hf: Any, ids: Any, mask: Any, positions: Any, cache: Any) -> Any:
         nonlocal largest
-        logits = forward(sampler, ids, mask, cache)
+        logits = forward(hf, ids, mask, positions, cache)
         tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         largest = max(largest, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
         return logits
 
-    monkeypatch.setattr(GroupSampler, "_forward", watched)
-    with GroupSampler(module.generator, module.model, module.tokenizer) as sampler:
-        sampler.end_ids = [10**6]  # no answer ends
-        sampler.sample([[65] * 70] * 4, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(4)])
-    assert memory.cache == largest
+    monkeypatch.setattr(steps, "_logits", watched)
+    for cache in ("dynamic",) if preset.startswith("gemma") else ("dynamic", "static"):  # which has sliding windows
+        with GroupSampler(replace(module.generator, cache=cache), module.model, module.tokenizer) as sampler:
+            sampler.end_ids = [10**6]  # no answer ends
+            sampler.sample([[65] * 70] * 4, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(4)])
+        assert memory.cache == largest
     lines = dict(memory.lines())["peak memory"]
     assert "frozen models 0." in lines
     assert "keys and values of answers 0." in lines
