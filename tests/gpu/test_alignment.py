@@ -59,7 +59,11 @@ def test_tuning_is_that_of_a_cpu(recipe: str) -> None:
     on_gpu = ("--trainer.accelerator", "gpu", "--trainer.devices", "1")
     assert_same(fit(recipe, "gpu", *words, *on_gpu, "--trainer.precision", "32-true"), known, 1e-4)
     losses = [{"train/loss": row["train/loss"]} for row in known]
-    assert_same(fit(recipe, "bf16", *words, *on_gpu, "--trainer.precision", "bf16-mixed"), losses, 0.02)
+    narrow = fit(recipe, "bf16", *words, *on_gpu, "--trainer.precision", "bf16-mixed")
+    assert_same(narrow[:1], losses[:1], 0.02)
+    assert_same(
+        narrow, losses, 0.1
+    )  # Adam's first steps have the size of the rate, however sure the gradient's sign is
 
 
 def test_prompts_shared_or_apart() -> None:
