@@ -63,7 +63,7 @@ def test_tuning_is_that_of_a_cpu(recipe: str) -> None:
     assert_same(narrow[:1], losses[:1], 0.02)
     assert_same(
         narrow, losses, 0.1
-    )  # Adam's first steps have the size of the rate, however sure the gradient's sign is
+    )  # Adam makes of a sign that is unsure a whole step
 
 
 def test_prompts_shared_or_apart() -> None:
