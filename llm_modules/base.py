@@ -247,7 +247,7 @@ class LLMModule(LightningModule):
 
     def _exact(self, value: float | Tensor) -> Tensor:
         """A number as a tensor. (Inside a step the default dtype is the precision's: bf16 would round 1001 to 1000.)"""
-        return torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        return torch.full((), float(value), dtype=torch.float64, device=self.device)  # a copy would wait for a GPU
 
     def _log_window(self) -> None:
         """One reduction a step: the window's means over all ranks, and the tokens seen."""

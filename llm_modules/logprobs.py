@@ -66,8 +66,9 @@ def sums_by_answer(values_M: Tensor, answer_M: Tensor, answers: int) -> tuple[Te
     Args:
         answer_M: (M,) int64 the answer that each token belongs to.
     """
-    sums = values_M.new_zeros(answers, dtype=torch.float64).index_add(0, answer_M, values_M.double())
-    return sums, torch.bincount(answer_M, minlength=answers).to(sums)
+    zeros = values_M.new_zeros(answers, dtype=torch.float64)  # bincount would wait for a GPU
+    counts = zeros.index_add(0, answer_M, torch.ones_like(values_M, dtype=torch.float64))
+    return zeros.index_add(0, answer_M, values_M.double()), counts
 
 
 def linear_logprobs(

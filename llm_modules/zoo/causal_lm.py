@@ -23,7 +23,7 @@ from llm_modules.zoo.attention import NAME, training_layout
 from llm_modules.zoo.context_parallel import ContextParallel, Slice, check_context_parallel
 from llm_modules.zoo.description import describe
 from llm_modules.zoo.estimate import token_flops
-from llm_modules.zoo.head import HeadKind, ScoringHead, head_transform, predicted
+from llm_modules.zoo.head import HeadKind, ScoringHead, head_transform, predicting
 from llm_modules.zoo.routing import router_statistics, routing_of
 from llm_modules.zoo.trained_state import keep_trained_only
 
@@ -143,12 +143,12 @@ class CausalLM(nn.Module):
         keys: dict[str, Any] | None = None,
         entropy: bool = False,
     ) -> TokenScores:
+        index, targets_M = predicting(part.targets)
         outputs = self._decode(part.input_ids, part.position_ids, part.document_offsets, max_document, keys)
-        hidden_BTH, targets = outputs.last_hidden_state, part.targets
         router: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.routing is not None and self._watches_router:
             router = router_statistics(outputs.router_logits, self.routing.top_k, lengths, part.input_ids.shape[1])
-        index, hidden_MH, targets_M = predicted(hidden_BTH, targets)
+        hidden_MH = outputs.last_hidden_state.flatten(0, 1).index_select(0, index)
         output = self.hf.get_output_embeddings()
         measured = self.head.entropies(output, hidden_MH, self._head_is_adapted) if entropy else None
         if self._head_is_adapted:
@@ -160,8 +160,9 @@ class CausalLM(nn.Module):
         return TokenScores(logprobs, index, log_normalizer, mean_logprob, *router, measured)
 
     def _taught(self, part: Slice, max_document: int, teaching: Teaching | None) -> TaughtScores | Tensor:
+        index, targets_M = predicting(part.targets)
         hidden = self._decode(part.input_ids, part.position_ids, part.document_offsets, max_document).last_hidden_state
-        _, hidden_MH, targets_M = predicted(hidden, part.targets)
+        hidden_MH = hidden.flatten(0, 1).index_select(0, index)
         if teaching is None:
             return hidden_MH
         return self.head.taught(self.logits, hidden_MH, targets_M, teaching)

@@ -38,10 +38,13 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
     return HeadTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
 
 
-def predicted(hidden_BTH: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(M,) places of the targets' predicting positions, (M, H) the hidden states there, (M,) the targets."""
+def predicting(targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) places of the positions that have a target, and (M,) the targets.
+
+    To be called before the decoder: a GPU is waited for, to know how many they are.
+    """
     index = (targets_BT.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
-    return index, hidden_BTH.flatten(0, 1).index_select(0, index), targets_BT.flatten().index_select(0, index)
+    return index, targets_BT.flatten().index_select(0, index)
 
 
 def check_head_kind(kind: str, chunk: int) -> None:
