@@ -61,9 +61,7 @@ def test_tuning_is_that_of_a_cpu(recipe: str) -> None:
     losses = [{"train/loss": row["train/loss"]} for row in known]
     narrow = fit(recipe, "bf16", *words, *on_gpu, "--trainer.precision", "bf16-mixed")
     assert_same(narrow[:1], losses[:1], 0.02)
-    assert_same(
-        narrow, losses, 0.1
-    )  # Adam makes of a sign that is unsure a whole step
+    assert_same(narrow, losses, 0.1)  # Adam makes of a sign that is unsure a whole step
 
 
 def test_prompts_shared_or_apart() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +77,17 @@ def ours(folder: Path, objective: PreferenceObjective, packing: str) -> tuple[to
         reference = Backbone(source=str(folder / "reference"))
         built = reference.build(tokenizer=module.tokenizer, sequence_length=LENGTH, seed=0)
         module._copy = (built.requires_grad_(False),)
+    (batch,) = loaded(folder, packing).train_dataloader()
+    assert batch.pairs == PAIRS
+    counts = batch.counts()
+    output = module.objective_step(batch)
+    loss = sum(term.weight * term.sum / counts[term.count] for term in output.terms.values())
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in module.model.hf.named_parameters() if p.grad is not None}
+
+
+def loaded(folder: Path, packing: str) -> PreferenceDataModule:
     data = PreferenceDataModule(
         sources=[{"path": str(folder / "rows.jsonl")}],  # type: ignore[list-item]
         tokenizer=str(folder / "policy"),
@@ -89,14 +99,7 @@ def ours(folder: Path, objective: PreferenceObjective, packing: str) -> tuple[to
     )
     data.prepare_data()
     data.setup("fit")
-    (batch,) = data.train_dataloader()
-    assert batch.pairs == PAIRS
-    counts = batch.counts()
-    output = module.objective_step(batch)
-    loss = sum(term.weight * term.sum / counts[term.count] for term in output.terms.values())
-    assert isinstance(loss, torch.Tensor)
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in module.model.hf.named_parameters() if p.grad is not None}
+    return data
 
 
 def theirs(folder: Path, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -133,14 +136,10 @@ def theirs(folder: Path, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[
     return loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_loss_and_gradient_are_those_of_trl(name: str, folder: Path) -> None:
-    pytest.importorskip("trl")
-    objective, arguments = OBJECTIVES[name]
-    expected, gradients = theirs(folder, arguments)
-    if name in ("DPO", "by token"):
-        assert abs(float(expected) - math.log(2)) > 0.01  # the margins count
+def assert_same(
+    folder: Path, objective: PreferenceObjective, expected: torch.Tensor, gradients: dict[str, torch.Tensor]
+) -> None:
+    """Our loss and gradients, packed and padded, are those."""
     for packing in ("batch", "none"):
         loss, found = ours(folder, objective, packing)
         assert loss == pytest.approx(float(expected), rel=1e-6, abs=1e-6), packing
@@ -151,6 +150,17 @@ def test_loss_and_gradient_are_those_of_trl(name: str, folder: Path) -> None:
         assert apart <= 1e-5 * whole, packing
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradient_are_those_of_trl(name: str, folder: Path) -> None:
+    pytest.importorskip("trl")
+    objective, arguments = OBJECTIVES[name]
+    expected, gradients = theirs(folder, arguments)
+    if name in ("DPO", "by token"):
+        assert abs(float(expected) - math.log(2)) > 0.01  # the margins count
+    assert_same(folder, objective, expected, gradients)
+
+
 def scores() -> PairScores:
     generator = torch.Generator().manual_seed(0)
     values = [-8 * torch.rand(6, generator=generator) - 0.01 for _ in range(4)]
@@ -158,20 +168,58 @@ def scores() -> PairScores:
     return PairScores(values[0].requires_grad_(), values[1].requires_grad_(), *tokens, *values[2:])
 
 
-def test_losses_without_a_reference_are_trls_formulas() -> None:
-    pytest.importorskip("trl")
-    from trl.experimental.cpo.cpo_trainer import CPOTrainer
-    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+WITHOUT_REFERENCE: dict[str, tuple[PreferenceObjective, str, dict[str, Any]]] = {
+    "CPO": (CPO(0.4, alpha=0.7), "CPO", {"loss_type": "sigmoid", "beta": 0.4, "cpo_alpha": 0.7}),
+    "SimPO": (SimPO(2.5, 1.2), "CPO", {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.2, "cpo_alpha": 0.0}),
+    "ORPO": (ORPO(0.3), "ORPO", {"beta": 0.3}),
+}
 
-    given = scores()
-    chosen, rejected = given.chosen / given.chosen_tokens, given.rejected / given.rejected_tokens
-    settings: dict[str, Any] = {"accelerator": SimpleNamespace(device="cpu"), "alpha": 0.0, "label_smoothing": 0.0}
-    simpo = SimpleNamespace(**settings, loss_type="simpo", beta=2.5, simpo_gamma=1.2)
-    torch.testing.assert_close(SimPO(2.5, 1.2).losses(given), CPOTrainer.cpo_loss(simpo, chosen, rejected)[0])
-    cpo = SimpleNamespace(**settings, loss_type="sigmoid", beta=0.4)
-    torch.testing.assert_close(CPO(0.4).losses(given), CPOTrainer.cpo_loss(cpo, given.chosen, given.rejected)[0])
-    orpo = SimpleNamespace(**settings, beta=1.0)
-    torch.testing.assert_close(ORPO(0.1).losses(given), -ORPOTrainer.odds_ratio_loss(orpo, chosen, rejected)[0])
+
+def theirs_without_reference(
+    folder: Path, kind: str, arguments: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of TRL's trainer in fp64, on our padded tokens: these trainers tokenize without a chat template."""
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    config, trainer = {"CPO": (CPOConfig, CPOTrainer), "ORPO": (ORPOConfig, ORPOTrainer)}[kind]
+    made = trainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64),
+        args=config(
+            output_dir=str(folder / "peer"), max_length=LENGTH, per_device_train_batch_size=PAIRS,
+            gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, **arguments,
+        ),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=AutoTokenizer.from_pretrained(folder / "policy"),
+    )  # fmt: skip
+    (own,) = loaded(folder, "none").train_dataloader()
+    seen = torch.arange(own.input_ids.shape[1]) < own.lengths[:, None]
+    batch = {}
+    for start, side in enumerate(("chosen", "rejected")):
+        for name, values in (("input_ids", own.input_ids), ("attention_mask", seen.long()), ("labels", own.labels)):
+            batch[f"{side}_{name}"] = values[start::2]
+    made.model.eval()
+    loss = made.compute_loss(made.model, batch)
+    if kind == "ORPO":  # which takes the prompt into the likelihood; the paper does not (equation 3 and section 4.2)
+        ids, mask = batch["chosen_input_ids"], batch["chosen_attention_mask"]
+        logits = made.model(ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+        of_all, of_answers = (
+            torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+            for labels in (ids.masked_fill(mask == 0, -100), batch["chosen_labels"])
+        )
+        loss = loss - of_all + of_answers
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in made.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITHOUT_REFERENCE)
+def test_losses_without_a_reference_are_those_of_trl(name: str, folder: Path) -> None:
+    pytest.importorskip("trl")
+    objective, kind, arguments = WITHOUT_REFERENCE[name]
+    assert_same(folder, objective, *theirs_without_reference(folder, kind, arguments))
 
 
 def test_conservative_dpo_by_hand() -> None:
