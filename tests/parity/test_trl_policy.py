@@ -1,4 +1,4 @@
-"""Policy losses and gradients: those of TRL's GRPOTrainer and RLOOTrainer, and of its online DPO, on the same answers.
+"""Policy losses and gradients: those of TRL's GRPOTrainer, RLOOTrainer and OnlineDPOTrainer on the same answers.
 
 TRL's side is in fp64: in fp32 its sums over tokens are too far from the truth to say something of 1e-6.
 """
@@ -222,28 +222,36 @@ def test_losses_and_gradients_are_those_of_trl(name: str, layout: str, folder: P
     assert_same(ours(folder, objective(), rollouts, layout), theirs(folder, kind, answers(folder), arguments))
 
 
-def test_online_dpo_is_trls_loss_on_the_best_and_the_worst(folder: Path) -> None:
-    """Its trainer generates inside of its step; the lines between (rewards to loss) are said here, on its log-probs."""
-    from transformers import AutoModelForCausalLM
+def test_online_dpo_is_that_of_trl_on_the_best_and_the_worst(folder: Path) -> None:
+    """Its trainer takes two answers, here those, and finds out itself which is better."""
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
     rollouts = answers(folder)
-    own = ours(folder, OnlineDPO(beta=0.3), rollouts, "shared")
-    model = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float64)
-    reference = rollouts.reference_logprobs
-    assert reference is not None
-    losses = []
-    for prompt in range(PROMPTS):
-        numbers = range(prompt * GROUP, (prompt + 1) * GROUP)
-        best = max(numbers, key=lambda n: float(rollouts.reward[n]))
-        worst = min(numbers, key=lambda n: float(rollouts.reward[n]))
-        sums = []
-        for number in (best, worst):
-            part = slice(*rollouts.offsets[number : number + 2].tolist())
-            answer, start = rollouts.answer_ids[part], len(rollouts.prompts[prompt]) - 1
-            logits = model(torch.cat([rollouts.prompts[prompt], answer])[None]).logits[0, start:-1]
-            said = logits.log_softmax(-1).gather(-1, answer[:, None]).sum()
-            sums.append(said - reference[part].double().sum())
-        losses.append(-torch.nn.functional.logsigmoid(0.3 * (sums[0] - sums[1])))
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    assert_same(own, (loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64) for name in ("policy", "reference")
+    )
+    peer = OnlineDPOTrainer(
+        model=policy,
+        ref_model=reference,
+        reward_funcs=lambda completions, **rest: [0.0 for _ in completions],
+        args=OnlineDPOConfig(
+            output_dir=str(folder / "peer"), per_device_train_batch_size=PROMPTS, beta=0.3, max_new_tokens=LONGEST,
+            gradient_checkpointing=False, use_cpu=True, bf16=False, report_to=[],
+        ),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 8),
+        processing_class=AutoTokenizer.from_pretrained(folder / "policy"),
+    )  # fmt: skip
+    groups = rollouts.reward.view(PROMPTS, GROUP)
+    both = torch.stack([groups.argmax(1), groups.argmin(1)]) + GROUP * torch.arange(PROMPTS)
+    both[:, 1] = both[:, 1].flip(0)  # of one prompt the worst comes first
+    numbers = both.flatten()
+    parts = rollouts.answer_ids.split(rollouts.lengths.tolist())
+    prompts = padded([rollouts.prompts[p] for p in rollouts.prompt_of[numbers].tolist()], left=True)
+    completions = padded([parts[n] for n in numbers.tolist()], left=False)
+    peer._generate = lambda *given: (*prompts, *completions, None)
+    peer._calculate_rewards_from_functions = lambda **given: rollouts.reward[numbers]
+    loss = peer.training_step(policy, {"prompt": ["a"] * PROMPTS})
+    gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    assert_same(ours(folder, OnlineDPO(beta=0.3), rollouts, "shared"), (loss, gradients))
