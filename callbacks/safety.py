@@ -28,8 +28,8 @@ class SafetyEvaluation(Callback):
     A fit writes ``safety.csv`` into the run's folder, a row for each step and number: ``step``, ``name``, ``value``,
     ``low`` and ``high`` (the ends of its 95 % interval), ``count``. From it the report plots harm removed against
     helpfulness kept. The numbers are logged as ``safety/...``, too. Validate prints the table. Training is not
-    disturbed: random states are put back. Ranks share the prompts. Under a strategy that spreads the weights nothing is
-    measured, which is said.
+    disturbed: random states are put back. Ranks share the prompts; under a strategy that spreads the weights each has
+    whole ones for as long as it answers (of quantized ones nothing is measured, which is said).
 
     Args:
         suites: what is measured, by class_path: `llm_modules.evaluation.refusals.RefusalSuite`, or your own class with
@@ -38,6 +38,8 @@ class SafetyEvaluation(Callback):
         every_n_steps: optimizer steps between measurements; 0: not counted.
         at_validation: whether to measure at each validation.
     """
+
+    asks_model = True
 
     def __init__(
         self,
@@ -60,12 +62,6 @@ class SafetyEvaluation(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if getattr(pl_module, "scalar", False):
             raise ValueError("SafetyEvaluation: a reward model answers nothing; leave the callback out")
-        self._spread = bool(getattr(trainer.strategy, "spreads_weights", False))
-        if self._spread:
-            rank_zero_warn(
-                "SafetyEvaluation: nothing is measured while the strategy spreads the weights; use "
-                "-c strategies/ddp or single"
-            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._path = run_folder(trainer) / FILE_NAME
@@ -96,12 +92,16 @@ class SafetyEvaluation(Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Measurement]:
         """Nothing where this step was measured, or cannot be."""
         step, fitting = trainer.global_step, trainer.state.fn == "fit"
-        if self._spread or (fitting and step == self._last_step):
-            return []
-        self._last_step = step
         model: Any = pl_module
-        subject = Subject(model.model, model.tokenizer, SharedGenerator(self.generator, trainer.world_size))
-        with undisturbed(trainer, pl_module):
+        if fitting and step == self._last_step:
+            return []
+        first, self._last_step = self._last_step < 0, step
+        if (problem := model.whole.problem(model)) is not None:
+            if first:
+                rank_zero_warn(f"SafetyEvaluation: nothing is measured: {problem}")
+            return []
+        with model.whole.in_place(model), undisturbed(trainer, pl_module):
+            subject = Subject(model.model, model.tokenizer, SharedGenerator(self.generator, trainer.world_size))
             found = [measurement for suite in self.suites for measurement in suite.measure(subject)]
         if twice := [name for name, count in Counter(m.name for m in found).items() if count > 1]:
             raise ValueError(

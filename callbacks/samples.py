@@ -17,8 +17,8 @@ class Samples(Callback):
     """Generates from the same prompts before the first step, after validations and every n steps, and at the end.
 
     Written to ``samples.jsonl`` in the run's folder (rows with ``step``, ``row``, ``prompt``, ``text``, ``finish``) and
-    to TensorBoard. Training is not disturbed: random states are put back. All ranks generate, so that it works under
-    strategies that shard the model; rank 0 writes.
+    to TensorBoard. Training is not disturbed: random states are put back. All ranks generate, under a strategy
+    that spreads the weights each with whole ones, for that long; rank 0 writes.
 
     Args:
         prompts: texts to continue, or lists of chat messages (`{role, content}`) to answer.
@@ -28,6 +28,7 @@ class Samples(Callback):
     """
 
     FILE_NAME = "samples.jsonl"
+    asks_model = True
 
     def __init__(
         self,
@@ -74,18 +75,14 @@ class Samples(Callback):
         step = trainer.global_step
         if step == self._last_step:
             return
-        if getattr(trainer.strategy, "spreads_weights", False):
-            if self._last_step < 0:
-                rank_zero_warn(
-                    "Samples: none are generated while the strategy spreads the weights; `recipes generate -m` takes "
-                    "the exported folder"
-                )
-            self._last_step = step
+        model: Any = pl_module
+        first, self._last_step = self._last_step < 0, step
+        if (problem := model.whole.problem(model)) is not None:
+            if first:
+                rank_zero_warn(f"Samples: none are generated: {problem}")
             return
-        self._last_step = step
-        with undisturbed(trainer, pl_module):
-            tokenizer: Any = pl_module.tokenizer
-            completions = self.generator.generate(pl_module.model, tokenizer, self.prompts)
+        with model.whole.in_place(model), undisturbed(trainer, pl_module):
+            completions = self.generator.generate(model.model, model.tokenizer, self.prompts)
         if trainer.is_global_zero:
             rows = [
                 {"step": step, "row": row, "prompt": prompt, "text": done.text, "finish": done.finish_reason}

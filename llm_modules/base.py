@@ -29,7 +29,7 @@ from llm_modules.batch import MAY_LACK, CountedBatch, ObjectiveOutput
 from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
 from llm_modules.schedules import RunSchedule
-from llm_modules.strategies import spread
+from llm_modules.strategies import Answering, spread
 from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm, unscale_gradients
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone, CausalLM, describe_difference, save_adapted
@@ -38,7 +38,7 @@ CHECKPOINT_KEY = "litrecipes"
 CHECKPOINT_FORMAT = 1
 
 
-class LLMModule(LightningModule):
+class LLMModule(Answering, LightningModule):
     """What all modules share.
 
     Args:
@@ -115,6 +115,7 @@ class LLMModule(LightningModule):
 
     def _spread(self) -> None:
         """Under a strategy with a mesh of devices; who has more models spreads those, too."""
+        self.keep_whole()
         if self._device_mesh is not None:
             spread(self.model, self._device_mesh, self.trainer.strategy)
 
@@ -214,8 +215,7 @@ class LLMModule(LightningModule):
 
     def global_counts(self, batch: CountedBatch) -> dict[str, Tensor]:
         """The window's denominators over all ranks; those of losses at least 1: an empty window has a zero gradient."""
-        names = sorted(batch.window)
-        if not names:
+        if not (names := sorted(batch.window)):
             raise ValueError("data: training batches carry no window counts; use a loader of llm_modules.data")
         for name in names:
             if batch.window[name] == 0 and name not in MAY_LACK:

@@ -154,9 +154,3 @@ class DistillationModule(LLMModule):
         logits = copy.logits if copy is not None else partial(base_logits, self.model)
         teaching = Teaching(hidden, logits, self.objective.compare)
         return self.objective(score_batch(self.model, batch, teaching=teaching))
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Completions of ``batch["prompts"]``, as rows of the predictions file."""
-        if getattr(self.trainer.strategy, "spreads_weights", False):
-            raise ValueError("predict: not while the strategy spreads the weights; use -c strategies/ddp or single")
-        return self.generator.predict(self.model, self.tokenizer, batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -79,9 +78,3 @@ class LanguageModelModule(LLMModule):
             output.metrics["router_aux_loss"] = (term.sum.detach(), term.count)
         if batch.micro_step == self.trainer.accumulate_grad_batches - 1:
             self.log("train/expert_load", self._balance.busiest(), on_step=True, on_epoch=False)
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Completions of ``batch["prompts"]``, as rows of the predictions file."""
-        if getattr(self.trainer.strategy, "spreads_weights", False):
-            raise ValueError("predict: not while the strategy spreads the weights; use -c strategies/ddp or single")
-        return self.generator.predict(self.model, self.tokenizer, batch)

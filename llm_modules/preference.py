@@ -286,12 +286,6 @@ class PreferenceModule(LLMModule):
         if isinstance(self.objective, LabelledObjective) and "objective" in checkpoint[CHECKPOINT_KEY]:
             self.objective.load_state(checkpoint[CHECKPOINT_KEY]["objective"])
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Completions of ``batch["prompts"]``, as rows of the predictions file."""
-        if getattr(self.trainer.strategy, "spreads_weights", False):
-            raise ValueError("predict: not while the strategy spreads the weights; use -c strategies/ddp or single")
-        return self.generator.predict(self.model, self.tokenizer, batch)
-
 
 def _labelled(objective: LabelledObjective, batch: Any) -> LabelledBatch:
     if not isinstance(batch, LabelledBatch):

@@ -103,7 +103,7 @@ class RewardModule(LLMModule):
             self._scores.append(torch.stack([scores.chosen, scores.rejected]).detach().double())
         return self.objective(scores)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         raise ValueError("predict: a reward model answers nothing; `recipes validate` measures it")
 
     def export(

@@ -24,7 +24,6 @@ from llm_modules.policy.critics import Critics
 from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batch
 from llm_modules.strategies import spread
 from llm_modules.strategies.together import together
-from llm_modules.strategies.whole import WholeModels
 from llm_modules.zoo import Backbone, CausalLM
 from llm_modules.zoo.reference import as_reference, needs_copy, place_frozen
 
@@ -63,6 +62,9 @@ class PolicyModule(LLMModule):
         seed: of random weights, dropout, and what is sampled (``seed_everything``).
     """
 
+    answering = ("model", "critics")
+    always = True
+
     def __init__(
         self,
         backbone: Backbone,
@@ -98,7 +100,6 @@ class PolicyModule(LLMModule):
         self.critics = Critics(dict(own[name] for name in self.objective.critics))
         # In a tuple, so that it is no submodule: neither trained, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
-        self._whole = WholeModels("model", "critics")
         self._rollouts: Rollouts | None = None
         self._micro_batches: list[PolicyBatch] = []
         self._facts: dict[str, float] = {}
@@ -147,8 +148,6 @@ class PolicyModule(LLMModule):
     def _spread(self) -> None:
         assert self.model is not None
         self._set_temperature(self.model)
-        if self._trainer is not None and getattr(self.trainer.strategy, "spreads_weights", False):
-            self._whole.before_spreading(self)
         super()._spread()
         if self._device_mesh is not None:
             for critic in self.critics:
@@ -176,23 +175,17 @@ class PolicyModule(LLMModule):
 
     def on_validation_start(self) -> None:
         self._start()
-        self._whole.fill(self)
+        self.whole.fill(self)
 
     def on_validation_end(self) -> None:
-        self._whole.free()
+        self.whole.free()
 
     def on_test_start(self) -> None:
         self._start()
-        self._whole.fill(self)
+        self.whole.fill(self)
 
     def on_test_end(self) -> None:
-        self._whole.free()
-
-    def on_predict_start(self) -> None:
-        self._whole.fill(self)
-
-    def on_predict_end(self) -> None:
-        self._whole.free()
+        self.whole.free()
 
     def _start(self) -> None:
         """What was made for one device goes to this one.
@@ -221,7 +214,7 @@ class PolicyModule(LLMModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         if batch.update == 0 and batch.micro_step == 0:
-            with self._whole.in_place(self), self.trainer.precision_plugin.forward_context():
+            with self.whole.in_place(self), self.trainer.precision_plugin.forward_context():
                 self._rollouts = self._roll_out(batch)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
@@ -346,7 +339,7 @@ class PolicyModule(LLMModule):
 
     def _measure(self, batch: PromptBatch) -> ObjectiveOutput:
         """One answer to each prompt of validation, sampled as in training; the loss is the reward, negated."""
-        with self._whole.in_place(self):
+        with self.whole.in_place(self):
             sums = self._respondent.measure(self._ask(batch, range(len(batch.prompts)), 1, VALIDATION))
         found = {name: (self._exact(value), "prompts") for name, value in sums.items()}
         return ObjectiveOutput({"loss": Term(-found["reward"][0], "prompts")}, found)
@@ -369,8 +362,3 @@ class PolicyModule(LLMModule):
         self._rollouts = None if saved["rollouts"] is None else Rollouts(**saved["rollouts"])
         self._facts = saved["facts"]
         self.critics.load_state(saved["critics"])
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Completions of ``batch["prompts"]``, as rows of the predictions file."""
-        with self._whole.in_place(self):
-            return self.generator.predict(self.model, self.tokenizer, batch)

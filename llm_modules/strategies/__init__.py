@@ -3,6 +3,7 @@
 from llm_modules.strategies.fsdp1 import FSDP1Strategy
 from llm_modules.strategies.parallel_plan import spread
 from llm_modules.strategies.sharded import ShardedStrategy
+from llm_modules.strategies.whole import Answering
 from llm_modules.strategies.zero import ZeroStrategy
 
-__all__ = ["FSDP1Strategy", "ShardedStrategy", "ZeroStrategy", "spread"]
+__all__ = ["Answering", "FSDP1Strategy", "ShardedStrategy", "ZeroStrategy", "spread"]

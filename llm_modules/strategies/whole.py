@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -50,6 +50,12 @@ class WholeModels:
     def free(self) -> None:
         self._filled = None
 
+    def problem(self, owner: Any) -> str | None:
+        """Why the models cannot answer by themselves on a rank, or None."""
+        if self._empty is not None or not getattr(owner.trainer.strategy, "spreads_weights", False):
+            return None
+        return "the strategy spreads quantized weights; use -c strategies/ddp or single"
+
     @contextmanager
     def in_place(self, owner: nn.Module) -> Iterator[None]:
         """Inside, they stand in the place of the spread ones; all ranks enter it, unless they are filled already."""
@@ -82,3 +88,47 @@ def _without_weights(models: nn.Module) -> nn.Module:
     known |= {id(buffer): buffer for buffer in models.buffers()}
     scales = [getattr(module, "quant_state", None) for module in models.modules()]  # of bitsandbytes' layers
     return copy.deepcopy(models, known | {id(state): state for state in scales if state is not None})
+
+
+class Answering:
+    """What a LightningModule has that answers prompts: where a strategy spreads the weights, and something in the run
+    asks it (a policy; `predict`; a callback with ``asks_model``), each rank makes a copy of its own for that.
+
+    Attributes:
+        answering: names of the models.
+        always: whether training itself asks.
+        whole: the copies, to be entered with ``whole.in_place(module)`` by all ranks.
+    """
+
+    answering: ClassVar[tuple[str, ...]] = ("model",)
+    always: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = WholeModels(*self.answering)
+
+    def keep_whole(self) -> None:
+        """Called when the models are built, before they are spread."""
+        module: Any = self
+        trainer = module._trainer
+        spread = trainer is not None and getattr(trainer.strategy, "spreads_weights", False)
+        if not spread or module.backbone.quantization is not None:
+            return
+        asked = self.always or trainer.state.fn == "predict"
+        if asked or any(getattr(callback, "asks_model", False) for callback in trainer.callbacks):
+            self.whole.before_spreading(module)
+
+    def on_predict_start(self) -> None:
+        self.whole.fill(self)
+
+    def on_predict_end(self) -> None:
+        self.whole.free()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Completions of ``batch["prompts"]``, as rows of the predictions file."""
+        module: Any = self
+        if (problem := self.whole.problem(self)) is not None:
+            raise ValueError(f"predict: {problem}")
+        with self.whole.in_place(module):
+            rows: list[dict[str, Any]] = module.generator.predict(module.model, module.tokenizer, batch)
+            return rows

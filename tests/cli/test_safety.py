@@ -74,15 +74,14 @@ def test_a_model_that_learns_to_refuse(capfd: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does_and_a_strategy_that_spreads_the_weights_says_that_it_does_not() -> None:
+def test_two_processes_measure_what_one_does() -> None:
     two = ["--trainer.devices", "2", "--data.batch_size", "4"]
     for ranks, words in ((1, []), (2, ["-c", "strategies/ddp", *two]), (2, ["-c", "strategies/fsdp2", *two])):
         fit = ["fit", "-c", "safe", "--trainer.max_steps", "30", *words]
         assert set(run_command(Path.cwd(), fit, ranks)) == {0}, said(Path.cwd())
-    one, both, spread = (Path(f"runs/safe/{number}/safety.csv") for number in range(3))
-    assert one.read_text() == both.read_text()
-    assert not spread.exists()
-    assert "SafetyEvaluation: nothing is measured while the strategy spreads the weights" in said(Path.cwd())
+    one, both, spread = (Path(f"runs/safe/{number}/safety.csv").read_text() for number in range(3))
+    assert one == both == spread
+    assert len(one.splitlines()) > 5
 
 
 CLASSIFIER = {"class_path": "llm_modules.evaluation.verdicts.Classifier", "init_args": {"folder": "x", "label": "y"}}
