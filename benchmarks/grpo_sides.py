@@ -54,6 +54,10 @@ def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, **varian
         train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(work / "model"),
     )
+    used = trainer.generation_config.use_cache, model.generation_config.use_cache, model.config.use_cache
+    if not all(value in (None, True) for value in used):
+        raise SystemExit(f"TRL's side generates without keys and values ({used})")
+    recorder.facts["use_cache"] = str(used)
     train_with_trl(trainer, model, arguments, recorder)
 
 

@@ -33,7 +33,7 @@ LARGE_SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256,
 }  # fmt: skip
-"""1.24 B parameters, for a GPU: Llama 3.2 1B's; of its vocabulary only the tokenizer's first tokens occur."""
+"""1.24 B parameters, for a GPU: Llama 3.2 1B's, whose vocabulary is larger than the tokenizer's."""
 
 
 def data_folder() -> Path:
@@ -110,7 +110,6 @@ def write_weights(folder: Path, shape: dict[str, int]) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        use_cache=False,
     )
     torch.manual_seed(1234)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

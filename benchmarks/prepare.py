@@ -121,7 +121,7 @@ def _common(work: Path, texts: list[str], **changes: Any) -> Any:
         "pad": tokenizer.pad_token_id, "device": "cpu", "shape": inputs.SHAPE,
     } | changes  # fmt: skip
     known = work / "settings.json"
-    if known.exists() and json.loads(known.read_text())["shape"] != settings["shape"]:
+    if known.exists() and json.loads(known.read_text()).get("shape") != settings["shape"]:
         raise SystemExit(f"benchmarks: {work} holds a model of another shape; remove it, or name another --work")
     known.write_text(json.dumps(settings))
     return tokenizer

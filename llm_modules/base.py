@@ -72,7 +72,7 @@ class LLMModule(Answering, LightningModule):
         self.gradient_norm: Tensor | None = None
         self._tokenizer: Any = None
         self._kinds: dict[str, str] = {}
-        self._vocabulary: int | None = None
+        self.vocabulary: int | None = None  # token ids that the model knows, once it is built
         self._optimizer: dict[str, Any] = {}
         self._ways_to_step: list[dict[str, Any]] = []
         self._earlier_optimizer: dict[str, Any] | None = None
@@ -84,11 +84,6 @@ class LLMModule(Answering, LightningModule):
     def tokens_seen(self) -> int:
         """Positions trained on so far over all ranks, without padding."""
         return int(self._tokens_seen)
-
-    @property
-    def vocabulary(self) -> int | None:
-        """Token ids that the model knows; None before it is built."""
-        return self._vocabulary
 
     # --- building
 
@@ -109,7 +104,7 @@ class LLMModule(Answering, LightningModule):
         self.model = self.backbone.build(sequence_length=self.sequence_length, **self._built_with())
         self.flops_per_token = self.model.flops_per_token(self.sequence_length)
         # Now: a strategy that spreads the weights leaves them without their shapes.
-        self._vocabulary = len(self.model.hf.get_input_embeddings().weight)  # type: ignore[arg-type]
+        self.vocabulary = len(self.model.hf.get_input_embeddings().weight)  # type: ignore[arg-type]
         self._kinds = optimizers.parameter_kinds(self)
         self._spread()
 
@@ -247,7 +242,11 @@ class LLMModule(Answering, LightningModule):
 
     def _exact(self, value: float | Tensor) -> Tensor:
         """A number as a tensor. (Inside a step the default dtype is the precision's: bf16 would round 1001 to 1000.)"""
-        return torch.full((), float(value), dtype=torch.float64, device=self.device)  # a copy would wait for a GPU
+        return (
+            value.double()
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=torch.float64, device=self.device)
+        )
 
     def _log_window(self) -> None:
         """One reduction a step: the window's means over all ranks, and the tokens seen."""

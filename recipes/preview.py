@@ -92,6 +92,8 @@ def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
     backbone, length = getattr(cli.model, "backbone", None), getattr(cli.model, "sequence_length", 0)
     if backbone is None:
         return [f"model: {type(cli.model).__name__}"]
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
     trainer = cli.trainer
     tokens = getattr(cli.datamodule, "micro_batch_tokens", getattr(cli.datamodule, "batch_size", 1) * length)
     trained_share = 1.0 if report is None else report.trained_share
@@ -110,12 +112,13 @@ def model_lines(cli: RecipeCLI, report: Any) -> list[str]:
         "accumulate": trainer.accumulate_grad_batches,
         "device": trainer.strategy.root_device.type,
     }
-    summary = whole_summary(cli.model, cli.datamodule, known, training, trainer.world_size)
+    autocast = isinstance(trainer.precision_plugin, MixedPrecision)
+    summary = whole_summary(cli.model, cli.datamodule, known, training, trainer.world_size, autocast)
     return [*str(summary).splitlines(), *slow_precision(trainer)]
 
 
 def whole_summary(
-    module: Any, data: Any, known: dict[str, Any], training: dict[str, Any], devices: int = 1
+    module: Any, data: Any, known: dict[str, Any], training: dict[str, Any], devices: int = 1, autocast: bool = False
 ) -> ModelSummary:
     """What the trained model is, with the memory of all models of the run.
 
@@ -125,12 +128,13 @@ def whole_summary(
         known: arguments of ``Backbone.summary`` that are the same for each of the models.
         training: those that are of the trained ones.
         devices: between which prompts are dealt.
+        autocast: whether the precision is that, which frozen models are narrowed for (see ``place_frozen``).
     """
     summary = module.backbone.summary(**known, **training, scalar=getattr(module, "scalar", False))
     memory = summary.memory
-    frozen = frozen_bytes(summary, known["precision"]) * getattr(module, "frozen_copies", 0)
+    frozen = frozen_bytes(summary, module.backbone, autocast) * getattr(module, "frozen_copies", 0)
     if (teacher := getattr(module, "teacher", None)) is not None:
-        frozen += frozen_bytes(teacher.summary(**known), known["precision"])
+        frozen += frozen_bytes(teacher.summary(**known), teacher, autocast)
     cache = 0
     if isinstance(module, PolicyModule):
         frozen += sum(getattr(reward, "stored_bytes", 0) for reward in module.all_rewards)
@@ -141,11 +145,11 @@ def whole_summary(
     return replace(summary, memory=replace(memory, frozen=frozen, cache=cache))
 
 
-def frozen_bytes(summary: ModelSummary, precision: str) -> int:
-    """Of a model that is asked and not trained, whose linear layers autocast would narrow (see ``place_frozen``)."""
+def frozen_bytes(summary: ModelSummary, backbone: Any, autocast: bool) -> int:
+    """Of a model that is asked and not trained."""
     assert summary.memory is not None
     whole = summary.memory.weights
-    narrowed = precision.endswith("-mixed") and whole == 4 * summary.parameters
+    narrowed = autocast and backbone.adapter is None and not backbone.fp8 and whole == 4 * summary.parameters
     return whole - 2 * summary.linear if narrowed else whole
 
 

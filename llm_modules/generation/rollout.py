@@ -19,7 +19,7 @@ from torch import Tensor
 from llm_modules.generation.completion import Detokenizer, cut
 from llm_modules.generation.decoding import Decoder
 from llm_modules.generation.processors import RepetitionPenalty, SeededSampler
-from llm_modules.generation.steps import FixedSteps, GrowingSteps, read
+from llm_modules.generation.steps import FixedSteps, GrowingSteps, fixed_problem, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +70,8 @@ class GroupSampler(Decoder):
             problem = f"{type(self.hf).__name__} takes no position_ids; use another family"
         elif getattr(self.hf, "_is_stateful", False):
             problem = f"{type(self.hf).__name__} keeps a state that is no cache of keys and values; use another family"
+        elif settings.cache == "static" and (found := fixed_problem(self.hf)) is not None:
+            problem = f"cache: static: {found}; use dynamic"
         if problem is not None:
             raise ValueError(f"generation: {problem}")
 

@@ -5,7 +5,6 @@ Shape legend: B rows, T positions with left padding, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +29,19 @@ def _logits(hf: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -
     outputs = hf(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **only)
     logits: Tensor = outputs.logits[:, -1]
     return logits
+
+
+def fixed_problem(hf: Any) -> str | None:
+    """Why ``FixedSteps`` are not for a model, or None: they give it a mask of booleans over all positions."""
+    kind, config = type(hf).__name__, hf.config
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
+        return f"{kind} does not keep the keys and values of all positions in each layer"
+    if config._attn_implementation not in MASKED:
+        names = " and ".join(map(repr, MASKED))
+        return f"attention {config._attn_implementation!r} takes other masks than {names}"
+    if getattr(config.get_text_config(), "alibi", False):
+        return f"{kind} makes its positions (alibi) of another mask"
+    return None
 
 
 class GrowingSteps:
@@ -67,21 +79,9 @@ class FixedSteps:
 
     Args:
         steps: most tokens that will follow.
-
-    Raises:
-        ValueError: the model keeps something else than keys and values of all positions, or has an attention that does
-            not take a mask of booleans.
     """
 
     def __init__(self, hf: Any, cache: DynamicCache, mask: Tensor, size: int, steps: int) -> None:
-        kind, attention = type(hf).__name__, hf.config._attn_implementation
-        problem = None
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            problem = f"{kind} does not keep the keys and values of all positions in each layer"
-        elif attention not in MASKED:
-            problem = f"attention {attention!r} takes other masks than {' and '.join(map(repr, MASKED))}"
-        if problem is not None:
-            raise ValueError(f"generation: cache: static: {problem}; use dynamic")
         length = mask.shape[1]
         self.hf, self.size = hf, length + steps
         self.ids = mask.new_zeros(len(mask) * size, 1)
@@ -96,7 +96,11 @@ class FixedSteps:
     def __call__(self, token: Tensor) -> Tensor:
         """(B, V) next logits after another (B,) tokens; the next call overwrites them."""
         self.ids.copy_(token[:, None])
-        return self._step()
+        if self._recorded is None:
+            return self._advance()
+        graph, logits = self._recorded
+        graph.replay()
+        return logits
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows."""
@@ -112,27 +116,22 @@ class FixedSteps:
         return logits
 
     def _record(self) -> None:
-        self._step: Callable[[], Tensor] = self._advance
-        if self.place.is_cuda:
-            self._step = self._recorded()
-
-    def _recorded(self) -> Callable[[], Tensor]:
+        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None  # the earlier one's memory is free from here
+        if not self.place.is_cuda:
+            return
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders pin memory in other threads
                 logits = self._advance()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            first = str(error).splitlines()[0]
+            first = str(error.__context__ or error).splitlines()[0]
             raise ValueError(
                 f"generation: cache: static: a step of {type(self.hf).__name__} cannot be recorded as a CUDA graph "
                 f"({first}); use dynamic"
             ) from error
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
+        self._recorded = graph, logits
 
 
 class _FixedLayer(DynamicLayer):

@@ -111,7 +111,11 @@ def packed_attention(
         keys = kwargs.get("shared_keys"), kwargs.get("cu_seq_lens_k")
         out = _documents(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window, softcap, *keys)
         return out if context is None else context.to_positions(out), None
-    return _masked(module, query, key, value, attention_mask, scaling, dropout, softcap, is_causal, kwargs), None
+    if softcap is not None:
+        return _softcapped(module, query, key, value, attention_mask, scaling, dropout, softcap), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+
+    return sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs)
 
 
 def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,38 +193,6 @@ def _flash(
     )
     assert isinstance(out, Tensor)
     return out.unflatten(0, (rows, length))
-
-
-def _masked(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    is_causal: bool | None,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """(B, N, H, D) of rows with a cache or a mask: in generation."""
-    if softcap is not None:
-        return _softcapped(module, query, key, value, mask, scaling, dropout, softcap)
-    single = query.shape[2] == 1 < query.shape[1] // key.shape[1] and kwargs.get("position_bias") is None
-    if single and not dropout and mask is not None and mask.dtype == torch.bool:
-        return _one_position(query, key, value, mask, scaling)
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
-
-    out: Tensor = sdpa(module, query, key, value, mask, dropout, scaling, is_causal=is_causal, **kwargs)[0]
-    return out
-
-
-def _one_position(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    """One token of each row: the heads that share keys are a matrix, where sdpa would copy the keys for each head."""
-    query = query.squeeze(2).unflatten(1, (key.shape[1], -1))
-    scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return (probs.to(value.dtype) @ value).flatten(1, 2)[:, None]
 
 
 def _softcapped(

@@ -117,7 +117,7 @@ class ModelSummary:
         sequence_length: longest row of the run in tokens.
         memory: peak memory of training; None where it was not asked for.
         trained: number of the parameters that are trained; None: all.
-        linear: those of linear layers, beside the head.
+        linear: those that are weights of linear layers, beside the head.
     """
 
     family: str
@@ -156,9 +156,10 @@ def si(number: float) -> str:
     return f"{number:.3g}"
 
 
-def is_narrowed(module: nn.Module, model: PreTrainedModel) -> bool:
-    """Whether autocast narrows all of a module's weights, which nobody else reads: a linear layer beside the head."""
-    return type(module) is nn.Linear and module is not model.get_output_embeddings()
+def narrowed_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    """Layers whose weights autocast narrows, and nobody else reads: all linear ones whose weight is not the head's."""
+    kept = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    return [module for module in model.modules() if type(module) is nn.Linear and id(module.weight) not in kept]
 
 
 def summarize(config: PretrainedConfig, *, sequence_length: int) -> ModelSummary:
@@ -179,5 +180,5 @@ def summarize(config: PretrainedConfig, *, sequence_length: int) -> ModelSummary
         positions=getattr(text, "max_position_embeddings", None),
         flops=token_flops(model),
         sequence_length=sequence_length,
-        linear=sum(p.numel() for m in model.modules() if is_narrowed(m, model) for p in m.parameters()),
+        linear=sum(layer.weight.numel() for layer in narrowed_layers(model)),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_modules.zoo.adapter_config import keeps_base
 from llm_modules.zoo.causal_lm import CausalLM
-from llm_modules.zoo.estimate import is_narrowed
+from llm_modules.zoo.estimate import narrowed_layers
 
 
 def needs_copy(model: CausalLM, wanted: str) -> bool:
@@ -36,16 +36,25 @@ def place_frozen(copy: CausalLM, trainer: Any, device: torch.device) -> None:
     """Move a frozen copy to its device, as small as it can be.
 
     Autocast would narrow the weights of its linear layers in each forward pass, so they are narrowed once: the numbers
-    are the same. Norms, embeddings and the head are left.
+    are the same. Biases, norms, embeddings and the head are left, and a copy with an adapter is.
+
+    Raises:
+        ValueError: it was narrowed for another precision.
     """
     from lightning.pytorch.plugins.precision import MixedPrecision
 
-    plugin = trainer.precision_plugin
+    plugin, layers = trainer.precision_plugin, narrowed_layers(copy.hf) if copy.adapter is None else []
+    embedding: Any = copy.hf.get_input_embeddings()
+    wide = wanted = embedding.weight.dtype
     if isinstance(plugin, MixedPrecision):
-        dtype = torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16
-        for module in copy.hf.modules():
-            if is_narrowed(module, copy.hf):
-                module.to(dtype)
+        wanted = torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16
+    for layer in layers:
+        if layer.weight.dtype not in (wide, wanted):
+            raise ValueError(
+                f"trainer.precision: {plugin.precision}, but the frozen copy of this module was narrowed to "
+                f"{layer.weight.dtype} for an earlier trainer; make the module anew"
+            )
+        layer.weight.data = layer.weight.data.to(wanted)
     copy.to(device)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
 from llm_modules.generation import Generator
 from recipes.__main__ import main
@@ -106,13 +106,14 @@ def test_policies_learn_as_on_a_cpu(objective: str) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_recorded_step_is_the_step(family: str, narrow: bool) -> None:
-    """Rows leave, and the step is recorded again; in bf16 the weights are cast once, outside of the graph."""
+    """Rows leave, and the step is recorded again; in bf16 the graph casts the weights."""
     model, tokenizer = built(family)
     model.cuda()
     found = {}
     for cache in ("dynamic", "static"):
         settings = Generator(strategy="sample", max_new_tokens=40, seed=3, batch_size=12, cache=cache)  # type: ignore[arg-type]
-        with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+        plugin = MixedPrecision("bf16-mixed", "cuda") if narrow else Precision()
+        with plugin.forward_context():
             found[cache] = [answer for group in sample(model, tokenizer, settings)[1] for answer in group]
     same = 0
     for grown, fixed in zip(found["dynamic"], found["static"], strict=True):

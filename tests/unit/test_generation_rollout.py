@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from llm_modules.generation import Generator
 from llm_modules.generation.rollout import GroupSampler
+from llm_modules.generation.steps import FixedSteps, fixed_problem, read
 from llm_modules.rollouts import Rollouts, policy_batch
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone
@@ -148,3 +151,30 @@ def test_models_without_a_fixed_cache(family: str, attention: str, said: str) ->
     model, tokenizer = built(family, attention=attention)
     with pytest.raises(ValueError, match=f"cache: static: .*{said}.*use dynamic"):
         sample(model, tokenizer, Generator(strategy="sample", max_new_tokens=4, cache="static"))
+
+
+def test_alibi_is_made_of_another_mask() -> None:
+    from transformers import FalconConfig, FalconForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 264}
+    for alibi in (True, False):
+        config = FalconConfig(**sizes, alibi=alibi, attn_implementation="sdpa")
+        found = fixed_problem(FalconForCausalLM(config))
+        assert found == ("FalconForCausalLM makes its positions (alibi) of another mask" if alibi else None)
+
+
+def test_steps_are_gone_when_they_are_over() -> None:
+    """Nothing waits for a collector of cycles with all keys and values."""
+    model, _ = built("llama")
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        cache, _ = read(model.hf, ids, torch.ones_like(ids))
+        steps = FixedSteps(model.hf, cache, torch.ones_like(ids), 2, 4)
+        steps(torch.tensor([1, 2]))
+    gone = weakref.ref(steps)
+    gc.disable()
+    try:
+        del steps
+        assert gone() is None
+    finally:
+        gc.enable()

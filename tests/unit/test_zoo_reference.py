@@ -54,8 +54,23 @@ def test_autocast_sees_the_same(family: str) -> None:
     assert torch.equal(scores(model), known)
     after = sum(p.nbytes for p in model.parameters())
     assert after < (0.96 if family == "mixtral" else 0.8) * before  # experts are no linear layers
-    summary = backbone(family).summary(vocabulary=264, sequence_length=64, tokens=64, precision="bf16-mixed")
-    assert (frozen_bytes(summary, "bf16-mixed"), frozen_bytes(summary, "32-true")) == (after, before)
+    own = backbone(family)
+    summary = own.summary(vocabulary=264, sequence_length=64, tokens=64, precision="bf16-mixed")
+    assert (frozen_bytes(summary, own, True), frozen_bytes(summary, own, False)) == (after, before)
+    place_frozen(model, mixed, torch.device("cpu"))  # again: nothing more
+    assert torch.equal(scores(model), known)
+    with pytest.raises(ValueError, match=r"precision: 32-true, but the frozen copy .* narrowed to torch\.bfloat16"):
+        place_frozen(model, SimpleNamespace(precision_plugin=Precision()), torch.device("cpu"))
+
+
+def test_a_copy_with_an_adapter_is_left() -> None:
+    """Adapters of tied heads and DoRA read weights of the base by other ways."""
+    tokenizer, own = load_tokenizer("builtin:bytes"), backbone("llama")
+    own.adapter = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "target_modules": "all-linear"}}
+    model: CausalLM = own.build(tokenizer=tokenizer, sequence_length=64, seed=0)
+    mixed = SimpleNamespace(precision_plugin=MixedPrecision("bf16-mixed", "cpu"))
+    place_frozen(model, mixed, torch.device("cpu"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_without_autocast_nothing_is_narrowed() -> None:
