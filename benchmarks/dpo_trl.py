@@ -1,7 +1,7 @@
 """DPO on hh-rlhf: `recipes fit` and TRL's DPOTrainer, pairs a second and memory; on a GPU, where there is one.
 
-``LITRECIPES_DATA=... python -m benchmarks.dpo_trl [lora] [--repetitions 3] [--sides recipe trl ...]``: of all weights, with
-a copy as the reference, or of LoRA.
+``LITRECIPES_DATA=... python -m benchmarks.dpo_trl [lora] [--repetitions 3] [--sides recipe trl ...]``: of all weights,
+with a copy as the reference, or of LoRA.
 """
 
 from __future__ import annotations

@@ -54,11 +54,14 @@ def trl(work: Path, settings: Settings, recorder: Recorder, steps: int, **varian
         train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(work / "model"),
     )
-    used = trainer.generation_config.use_cache, model.generation_config.use_cache, model.config.use_cache
-    if not all(value in (None, True) for value in used):
-        raise SystemExit(f"TRL's side generates without keys and values ({used})")
-    recorder.facts["use_cache"] = str(used)
+    single = []  # one token at a time: keys and values are kept, whatever configs say
+    model.register_forward_pre_hook(
+        lambda module, given, named: single.append(named["input_ids"].shape[1] == 1 if "input_ids" in named else False),
+        with_kwargs=True,
+    )
     train_with_trl(trainer, model, arguments, recorder)
+    if sum(single) < steps * (TOKENS // 2):
+        raise SystemExit(f"TRL's side generates without keys and values: {sum(single)} of {len(single)} forward passes")
 
 
 def trl_no_checkpointing(*args: Any) -> None:
