@@ -13,7 +13,7 @@ from benchmarks.inputs import BATCH
 from benchmarks.report import Comparison, main
 
 WARMUP = 1
-STEPS = 4
+STEPS = 3
 
 
 def side(name: str) -> Side:

@@ -92,8 +92,7 @@ def dpo(work: Path, device: str) -> None:
 def grpo(work: Path, device: str) -> None:
     """Questions of gsm8k."""
     rows = inputs.maths_questions()
-    batch = 2 if device == "cpu" else 8
-    _common(work, [text for row in rows for text in row.values()], **_sized(device), batch=batch)
+    _common(work, [text for row in rows for text in row.values()], **_sized(device), batch=8)
     _write_rows(work / "prompts.jsonl", rows[:PROMPTS])
     print(f"{len(rows)} prompts")
 
