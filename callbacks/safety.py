@@ -19,6 +19,7 @@ from callbacks.undisturbed import undisturbed
 from llm_modules.evaluation.measurement import Measurement, Subject, Suite
 from llm_modules.generation import Completion, Generator, Prompt
 from llm_modules.strategies.together import together
+from llm_modules.strategies.whole import whole_models
 
 
 class SafetyEvaluation(Callback):
@@ -96,11 +97,12 @@ class SafetyEvaluation(Callback):
         if fitting and step == self._last_step:
             return []
         first, self._last_step = self._last_step < 0, step
-        if (problem := model.whole.problem(model)) is not None:
+        whole = whole_models(model)
+        if (problem := whole.problem(model)) is not None:
             if first:
                 rank_zero_warn(f"SafetyEvaluation: nothing is measured: {problem}")
             return []
-        with model.whole.in_place(model), undisturbed(trainer, pl_module):
+        with whole.in_place(model), undisturbed(trainer, pl_module):
             subject = Subject(model.model, model.tokenizer, SharedGenerator(self.generator, trainer.world_size))
             found = [measurement for suite in self.suites for measurement in suite.measure(subject)]
         if twice := [name for name, count in Counter(m.name for m in found).items() if count > 1]:

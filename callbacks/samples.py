@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from callbacks.run_files import append_lines, cut_lines, run_folder
 from callbacks.undisturbed import undisturbed
 from llm_modules.generation import Generator
+from llm_modules.strategies.whole import whole_models
 
 
 class Samples(Callback):
@@ -77,11 +78,12 @@ class Samples(Callback):
             return
         model: Any = pl_module
         first, self._last_step = self._last_step < 0, step
-        if (problem := model.whole.problem(model)) is not None:
+        whole = whole_models(model)
+        if (problem := whole.problem(model)) is not None:
             if first:
                 rank_zero_warn(f"Samples: none are generated: {problem}")
             return
-        with model.whole.in_place(model), undisturbed(trainer, pl_module):
+        with whole.in_place(model), undisturbed(trainer, pl_module):
             completions = self.generator.generate(model.model, model.tokenizer, self.prompts)
         if trainer.is_global_zero:
             rows = [

@@ -54,7 +54,7 @@ class WholeModels:
         """Why the models cannot answer by themselves on a rank, or None."""
         if self._empty is not None or not getattr(owner.trainer.strategy, "spreads_weights", False):
             return None
-        return "the strategy spreads quantized weights; use -c strategies/ddp or single"
+        return "the strategy spreads weights that cannot be copied (quantized ones); use -c strategies/ddp or single"
 
     @contextmanager
     def in_place(self, owner: nn.Module) -> Iterator[None]:
@@ -88,6 +88,12 @@ def _without_weights(models: nn.Module) -> nn.Module:
     known |= {id(buffer): buffer for buffer in models.buffers()}
     scales = [getattr(module, "quant_state", None) for module in models.modules()]  # of bitsandbytes' layers
     return copy.deepcopy(models, known | {id(state): state for state in scales if state is not None})
+
+
+def whole_models(module: Any) -> WholeModels:
+    """Those of an ``Answering`` module; of another one such as do nothing, where nothing is spread."""
+    found: WholeModels = getattr(module, "whole", None) or WholeModels("model")
+    return found
 
 
 class Answering:
