@@ -30,7 +30,8 @@ class SafetyEvaluation(Callback):
     ``low`` and ``high`` (the ends of its 95 % interval), ``count``. From it the report plots harm removed against
     helpfulness kept. The numbers are logged as ``safety/...``, too. Validate prints the table. Training is not
     disturbed: random states are put back. Ranks share the prompts; under a strategy that spreads the weights each has
-    whole ones for as long as it answers (of quantized ones nothing is measured, which is said).
+    whole ones, for which there must be room, for as long as it answers (of quantized ones nothing is measured, which
+    is said).
 
     Args:
         suites: what is measured, by class_path: `llm_modules.evaluation.refusals.RefusalSuite`, or your own class with

@@ -19,7 +19,7 @@ class Samples(Callback):
 
     Written to ``samples.jsonl`` in the run's folder (rows with ``step``, ``row``, ``prompt``, ``text``, ``finish``) and
     to TensorBoard. Training is not disturbed: random states are put back. All ranks generate, under a strategy
-    that spreads the weights each with whole ones, for that long; rank 0 writes.
+    that spreads the weights each with whole ones (for which there must be room, for that long); rank 0 writes.
 
     Args:
         prompts: texts to continue, or lists of chat messages (`{role, content}`) to answer.
