@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,13 @@ def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]],
 @pytest.mark.parametrize("recipe", TUNINGS)
 def test_tuning_is_that_of_a_cpu(recipe: str) -> None:
     words = ("--trainer.max_steps", "4", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "0")
-    words += ("--leave_out", "[ExportFolder, RunReport]")
+    # At a reward model's own rate the first steps throw it about, and rounding with it.
+    words += ("--leave_out", "[ExportFolder, RunReport]", "--model.init_args.optimizer.init_args.lr", "1e-4")
     known = fit(recipe, "cpu", *words, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
     on_gpu = ("--trainer.accelerator", "gpu", "--trainer.devices", "1")
     assert_same(fit(recipe, "gpu", *words, *on_gpu, "--trainer.precision", "32-true"), known, 1e-4)
     losses = [{"train/loss": row["train/loss"]} for row in known]
-    narrow = fit(recipe, "bf16", *words, *on_gpu, "--trainer.precision", "bf16-mixed")
-    assert_same(narrow[:1], losses[:1], 0.02)
-    assert_same(narrow, losses, 0.1)  # Adam makes of a sign that is unsure a whole step
+    assert_same(fit(recipe, "bf16", *words, *on_gpu, "--trainer.precision", "bf16-mixed"), losses, 0.02)
 
 
 def test_prompts_shared_or_apart() -> None:
@@ -115,10 +115,10 @@ def test_a_recorded_step_is_the_step(family: str, narrow: bool) -> None:
         plugin = MixedPrecision("bf16-mixed", "cuda") if narrow else Precision()
         with plugin.forward_context():
             found[cache] = [answer for group in sample(model, tokenizer, settings)[1] for answer in group]
-    same = 0
     for grown, fixed in zip(found["dynamic"], found["static"], strict=True):
-        if grown.token_ids == fixed.token_ids:
-            same += 1
-            assert grown.logprobs == pytest.approx(fixed.logprobs, abs=0.1 if narrow else 1e-4)
-    assert same == len(found["dynamic"]) if not narrow else same > 0
+        alike = zip(grown.token_ids, fixed.token_ids, strict=False)
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], alike)))
+        assert shared > 0  # the first comes of the same reading of the prompt; in bf16 a later one may fall otherwise
+        assert narrow or grown.token_ids == fixed.token_ids
+        assert grown.logprobs[:shared] == pytest.approx(fixed.logprobs[:shared], abs=0.1 if narrow else 1e-4)
     assert len({len(answer.token_ids) for answer in found["static"]}) > 1
