@@ -97,11 +97,11 @@ def node(value): return Node(value)
 
 
 def test_several_run_at_once() -> None:
-    answers = [answer(f"import time\ntime.sleep(1)\n{ADD}") for _ in range(4)]
+    answers = [answer(f"import time\ntime.sleep(2)\n{ADD}") for _ in range(4)]
     before = threading.active_count()
     start = time.monotonic()
     assert CodeTests(workers=4)(answers) == [1.0] * 4
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 4 * 2
     assert threading.active_count() == before
 
 
