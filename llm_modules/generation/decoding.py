@@ -124,7 +124,7 @@ class Decoder:
     def _complete(self, prompt: tuple[list[int], int], row: int, generated: Sequence[int]) -> Completion:
         prompt_ids, truncated = prompt
         ids, text, stopped = cut(generated, Detokenizer(self.tokenizer, prompt_ids), self.end_ids, self.stop)
-        logprob = self._logprob(prompt_ids, ids) if self.settings.logprobs else None
+        logprob = self.logprob(prompt_ids, ids) if self.settings.logprobs else None
         reason: Any = "stop" if stopped else "length"
         return Completion(row, text, ids, reason, len(prompt_ids), truncated, logprob)
 
@@ -192,7 +192,7 @@ class Decoder:
         return criteria
 
     @torch.no_grad()
-    def _logprob(self, prompt_ids: list[int], ids: list[int]) -> float:
+    def logprob(self, prompt_ids: list[int], ids: list[int]) -> float:
         """Sum of log p of ``ids`` after the prompt. One row at a time: logits of a batch could fill the memory."""
         if not ids:
             return 0.0

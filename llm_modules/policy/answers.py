@@ -15,6 +15,7 @@ from torch import Tensor
 from llm_modules.evaluation.rewards import Answer, Reward
 from llm_modules.generation import Generator
 from llm_modules.generation.rollout import GroupSampler, Sampled
+from llm_modules.generation.vllm_engine import VLLM
 from llm_modules.objectives.advantages import constant_groups
 from llm_modules.rollouts import PromptBatch, Rollouts
 from llm_modules.strategies.together import together
@@ -50,10 +51,14 @@ class Respondent:
         generator: how answers are sampled.
         rewards, costs: see ``PolicyModule``.
         seed: together with the iteration and the prompt's place it decides what is sampled.
+        engine: what samples them; None: the model itself.
     """
 
-    def __init__(self, generator: Generator, rewards: list[Reward], costs: list[Reward], seed: int) -> None:
+    def __init__(
+        self, generator: Generator, rewards: list[Reward], costs: list[Reward], seed: int, engine: VLLM | None = None
+    ) -> None:
         self.generator, self.rewards, self.costs, self.seed = generator, rewards, costs, seed
+        self.engine = engine
 
     @property
     def names(self) -> list[str]:
@@ -68,8 +73,12 @@ class Respondent:
         # Validation is dealt in another way, and the same prompts are to get the same answers each time.
         numbers = [batch.rows[place] if iteration == VALIDATION else place for place in places]
         rows = [[number * size + answer for answer in range(size)] for number in numbers]
-        with GroupSampler(replace(self.generator, seed=seed), model, tokenizer) as sampler:
-            groups = sampler.sample([batch.prompts[place].tolist() for place in places], rows)
+        settings, prompts = replace(self.generator, seed=seed), [batch.prompts[place].tolist() for place in places]
+        if self.engine is not None:
+            groups = self.engine.sample(settings, model, tokenizer, prompts, rows)
+        else:
+            with GroupSampler(settings, model, tokenizer) as sampler:
+                groups = sampler.sample(prompts, rows)
         return self._scored(batch, places, groups)
 
     def _scored(self, batch: PromptBatch, places: Sequence[int], groups: list[list[Sampled]]) -> list[Group]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from llm_modules.zoo import Backbone
+from llm_modules.zoo.adapter_config import adapter_config, unmergeable
 
 Reference = Literal["auto", "base", "copy"]
 
@@ -39,7 +40,20 @@ def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone |
         ),
     )
     problems += [problem for holds, problem in checks if holds]
+    problems += [f"model.engine: {problem}" for problem in _engine_problems(module)]
     if module.reference not in get_args(Reference):
         problems.append(f"model.reference: {module.reference!r} is not one of {', '.join(get_args(Reference))}")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _engine_problems(module: Any) -> list[str]:
+    engine, backbone = module._respondent.engine, module.backbone
+    if engine is None:
+        return []
+    found = [problem for problem in (engine.problem(module.generator),) if problem is not None]
+    if backbone.quantization is not None:
+        found.append("a quantized model has no weights to hand over; leave out backbone.quantization, or the engine")
+    if backbone.adapter is not None and (reason := unmergeable(adapter_config(backbone.adapter))):
+        found.append(f"the adapter is merged into what it takes, and this one cannot be: {reason}; use LoRA")
+    return found

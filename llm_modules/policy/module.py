@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from llm_modules.base import CHECKPOINT_KEY, LLMModule
 from llm_modules.batch import ObjectiveOutput, Term
 from llm_modules.evaluation.rewards import Reward
-from llm_modules.generation import Generator
+from llm_modules.generation import VLLM, Generator
 from llm_modules.logprobs import score_batch
 from llm_modules.objectives.policy import GRPO, PolicyObjective
 from llm_modules.policy.answers import VALIDATION, Group, Respondent
@@ -50,6 +50,7 @@ class PolicyModule(LLMModule):
         old_logprobs: of the policy that answered: ``recomputed`` as training computes them, or as they were in the
             ``rollout``, which saves a forward pass.
         generator: how answers are sampled; None: at temperature 1, half of sequence_length long at most.
+        engine: what samples them; None: the model itself, by transformers.
         critic: the model that expects rewards, where the objective has one; None: the backbone, with a head of one
             number that is trained whole, and with an adapter of the same kind where the backbone has one.
         cost_critic: the same of costs; None: as ``critic``.
@@ -78,6 +79,7 @@ class PolicyModule(LLMModule):
         drop_unfinished: bool = False,
         old_logprobs: Literal["recomputed", "rollout"] = "recomputed",
         generator: Generator | None = None,
+        engine: VLLM | None = None,
         critic: Backbone | None = None,
         cost_critic: Backbone | None = None,
         reference: Reference = "auto",
@@ -93,7 +95,7 @@ class PolicyModule(LLMModule):
         self.dynamic_sampling, self.drop_unfinished = dynamic_sampling, drop_unfinished
         self.old_logprobs = old_logprobs
         self.generator = generator or Generator(strategy="sample", max_new_tokens=sequence_length // 2, batch_size=64)
-        self._respondent = Respondent(self.generator, rewards, costs or [], seed)
+        self._respondent = Respondent(self.generator, rewards, costs or [], seed, engine)
         self.reference = reference
         check_settings(self, critic, cost_critic)
         own = {"reward": ("critic", critic or backbone), "cost": ("cost_critic", cost_critic or critic or backbone)}
@@ -176,16 +178,22 @@ class PolicyModule(LLMModule):
     def on_validation_start(self) -> None:
         self._start()
         self.whole.fill(self)
+        with self.whole.in_place(self), self.trainer.precision_plugin.forward_context():
+            self._hand_over()
 
     def on_validation_end(self) -> None:
         self.whole.free()
 
-    def on_test_start(self) -> None:
-        self._start()
-        self.whole.fill(self)
+    on_test_start, on_test_end = on_validation_start, on_validation_end
 
-    def on_test_end(self) -> None:
-        self.whole.free()
+    def teardown(self, stage: str) -> None:
+        if (engine := self._respondent.engine) is not None:
+            engine.close()
+
+    def _hand_over(self) -> None:
+        """The weights as they are now, to the engine; all ranks call it."""
+        if (engine := self._respondent.engine) is not None:
+            together(lambda: engine.take(self.model, self.tokenizer, self.generator, self.sequence_length))
 
     def _start(self) -> None:
         """What was made for one device goes to this one.
@@ -215,6 +223,7 @@ class PolicyModule(LLMModule):
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         if batch.update == 0 and batch.micro_step == 0:
             with self.whole.in_place(self), self.trainer.precision_plugin.forward_context():
+                self._hand_over()
                 self._rollouts = self._roll_out(batch)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
