@@ -30,7 +30,8 @@ from llm_modules.zoo import Backbone
 from tests.invariance.test_policy_invariance import write_prompts
 
 ROOT = Path(__file__).parents[2]
-PYTHON = os.environ.get("LITRECIPES_VLLM", str(ROOT / ".vllm" / "bin" / "python"))
+MADE = ROOT / ".vllm" / "bin" / "python" if (ROOT / ".vllm" / ".installed").exists() else Path("none")
+PYTHON = os.environ.get("LITRECIPES_VLLM", str(MADE))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path(PYTHON).exists(), reason="needs vLLM: make vllm, or set LITRECIPES_VLLM"),
