@@ -35,7 +35,8 @@ class DistillationModule(LLMModule):
         schedule: class of the learning-rate schedule, stepped once per optimizer step; None: constant.
         reference: where there is no teacher, what is asked in its place: ``base``: the model without its adapter (no
             memory); ``copy``: a frozen copy of the model as the backbone describes it, whole on each device; ``auto``:
-            the base where there is an adapter that leaves it as it is, else a copy.
+            the base where there is a new adapter that leaves it as it is, else a copy (also of an adapter that was
+            trained before: ``backbone.adapter`` is its folder).
         generator: how `predict` generates; None: greedy.
         tokenizer: folder, hub id or ``builtin:bytes`` (set once, at the top of the recipe).
         sequence_length: longest row in tokens (set once, at the top of the recipe).
@@ -76,7 +77,7 @@ class DistillationModule(LLMModule):
         assert self.model is not None
         if self.model.context is not None:
             raise ValueError("strategy.context_parallel: not for distillation; set it to 1")
-        if self.teacher is not None or needs_copy(self.model, self.reference):
+        if self.teacher is not None or needs_copy(self.backbone.adapter, self.reference):
             frozen = self.teacher or self.backbone
             copy = frozen.build(sequence_length=self.sequence_length, **self._built_with())
             self._copy = (copy.requires_grad_(False).eval(),)
@@ -124,8 +125,7 @@ class DistillationModule(LLMModule):
     @property
     def frozen_copies(self) -> int:
         """How many models like the trained one are held beside it, as far as that is known before any is built."""
-        shared = self.reference != "copy" and self.backbone.adapter is not None
-        return int(self.teacher is None and not shared)
+        return int(self.teacher is None and needs_copy(self.backbone.adapter, self.reference))
 
     def on_fit_start(self) -> None:
         self._place_copy()

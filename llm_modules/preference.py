@@ -48,7 +48,8 @@ class PreferenceModule(LLMModule):
             memory); ``copy``: a frozen copy of the model as the backbone describes it, whole on each device;
             ``cached``: what such a copy says of all pairs, computed once before the first step and kept on disk beside
             the tokens (under the digest of its weights and config, so it is never another model's); ``auto``: the base
-            where there is an adapter that leaves it as it is, else a copy.
+            where there is a new adapter that leaves it as it is, else a copy (also of an adapter that was trained
+            before: ``backbone.adapter`` is its folder).
         log_entropy: log the entropy of the policy on the answers' tokens also in training, where it is one product with
             the head more; in validation it always is.
         generator: how `predict` generates; None: greedy.
@@ -95,15 +96,19 @@ class PreferenceModule(LLMModule):
         assert self.model is not None
         if built or not self.objective.needs_reference:
             return
-        if needs_copy(self.model, self.reference):
-            copy = self.backbone.build(sequence_length=self.sequence_length, **self._built_with())
-            self._copy = (copy.requires_grad_(False).eval(),)
+        if needs_copy(self.backbone.adapter, self.reference):
+            self._copy = (self._frozen(),)
+
+    def _frozen(self) -> CausalLM:
+        """The model as it begins."""
+        copy = self.backbone.build(sequence_length=self.sequence_length, **self._built_with())
+        return copy.requires_grad_(False).eval()
 
     @property
     def frozen_copies(self) -> int:
         """How many models are held beside the trained one, as far as that is known before any is built."""
-        shared = self.reference != "copy" and self.backbone.adapter is not None
-        return int(self.objective.needs_reference and not shared and self.reference != "cached")
+        kept = self.objective.needs_reference and self.reference != "cached"
+        return int(kept and needs_copy(self.backbone.adapter, self.reference))
 
     def on_fit_start(self) -> None:
         self._place_copy()

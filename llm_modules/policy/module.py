@@ -55,7 +55,8 @@ class PolicyModule(LLMModule):
             number that is trained whole, and with an adapter of the same kind where the backbone has one.
         cost_critic: the same of costs; None: as ``critic``.
         reference: what the objective compares with, where it needs that: ``base``: the model without its adapter;
-            ``copy``: a frozen copy of the model; ``auto``: the base where there is an adapter that leaves it as it is.
+            ``copy``: a frozen copy of the model; ``auto``: the base where there is a new adapter that leaves it as
+            it is, else a copy (also of an adapter that was trained before: ``backbone.adapter`` is its folder).
         optimizer: class of the optimizer (``class_path`` and its arguments).
         schedule: class of the learning-rate schedule, stepped once per optimizer step; None: constant.
         tokenizer: folder, hub id or ``builtin:bytes`` (set once, at the top of the recipe).
@@ -126,7 +127,7 @@ class PolicyModule(LLMModule):
     @property
     def frozen_copies(self) -> int:
         """How many models are held beside the trained one, as far as that is known before any is built."""
-        return int(self.objective.needs_reference and (self.reference == "copy" or self.backbone.adapter is None))
+        return int(self.objective.needs_reference and needs_copy(self.backbone.adapter, self.reference))
 
     def check_before_training(self, data: Any, precision: str) -> None:
         """Raises a ValueError for critics that cannot be built, before weights are loaded."""
@@ -140,7 +141,7 @@ class PolicyModule(LLMModule):
         self.critics.build(**built)  # before the policy: base.py asks then what kinds of parameters there are
         super().configure_model()
         assert self.model is not None
-        if self.objective.needs_reference and needs_copy(self.model, self.reference):
+        if self.objective.needs_reference and needs_copy(self.backbone.adapter, self.reference):
             self._copy = (self.backbone.build(**built).requires_grad_(False).eval(),)
             self._set_temperature(self._copy[0])
         models: list[Any] = [self.model, *self.critics]

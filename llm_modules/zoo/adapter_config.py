@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import nn
 
@@ -59,7 +59,7 @@ def adapter_config(given: dict[str, Any] | str) -> PeftConfig | BottleneckConfig
     """
     if find_spec("peft") is None:
         raise ValueError("backbone.adapter: needs `pip install peft`; or set it to null")
-    if isinstance(given, str) and not re.fullmatch(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*", given):
+    if is_folder(given):
         config: Any = config_of_folder(given)
         if kind_of(config) == "P_TUNING" or getattr(config, "prefix_projection", False):
             raise ValueError(
@@ -79,6 +79,11 @@ def adapter_config(given: dict[str, Any] | str) -> PeftConfig | BottleneckConfig
         if key not in fields:
             raise ValueError(f"backbone.adapter: {kind.__name__} has no argument {key!r}{nearest(key, sorted(fields))}")
     return _made(kind, _with_defaults(kind, arguments, fields))
+
+
+def is_folder(given: Any) -> TypeGuard[str]:
+    """Whether ``backbone.adapter`` is the folder of a trained adapter, and no class."""
+    return isinstance(given, str) and not re.fullmatch(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*", given)
 
 
 def config_of_folder(given: str | Path) -> PeftConfig | BottleneckConfig:

@@ -9,27 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_modules.zoo.adapter_config import keeps_base
+from llm_modules.zoo.adapter_config import adapter_config, is_folder, keeps_base, kind_of
 from llm_modules.zoo.causal_lm import CausalLM
 from llm_modules.zoo.estimate import narrowed_layers
 
 
-def needs_copy(model: CausalLM, wanted: str) -> bool:
-    """Whether a frozen copy has to be made, or the model without its adapter is what it was.
+def needs_copy(adapter: dict[str, Any] | str | None, wanted: str) -> bool:
+    """Whether a frozen copy has to be made, or the model without its adapter is what it began as.
 
     Args:
-        wanted: ``model.reference`` of the config: ``base``; ``auto``: the base where that can be had; else a copy.
+        adapter: ``backbone.adapter`` of the config. The base of one that was trained before is not what the model
+            begins as.
+        wanted: ``model.reference`` of the config: ``base``; ``auto``: the base where that is what the model begins as;
+            else a copy.
 
     Raises:
         ValueError: ``base``, of a model that has none.
     """
-    adapter = model.adapter
-    if adapter is not None and keeps_base(adapter.config):
-        return wanted not in ("auto", "base")
-    if wanted == "base":
-        why = "there is no adapter" if adapter is None else f"this {adapter.kind} changes the base that it is put into"
-        raise ValueError(f"model.reference: base, but {why}; allowed: copy, auto")
-    return True
+    config = None if adapter is None else adapter_config(adapter)
+    if config is None or not keeps_base(config):
+        if wanted == "base":
+            why = f"this {kind_of(config)} changes the base that it is put into" if config else "there is no adapter"
+            raise ValueError(f"model.reference: base, but {why}; allowed: copy, auto")
+        return True
+    if wanted == "base" and is_folder(adapter):
+        from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+        rank_zero_warn(
+            "model.reference: base, but backbone.adapter was trained before: what the model is compared with is not "
+            "what it begins as; set copy for that"
+        )
+    return wanted != "base" and (wanted != "auto" or is_folder(adapter))
 
 
 def place_frozen(copy: CausalLM, trainer: Any, device: torch.device) -> None:

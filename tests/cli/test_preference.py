@@ -97,6 +97,21 @@ def test_an_adapter_that_trains_the_bases_biases_is_compared_with_a_copy(capfd: 
     assert auto[-1] != pytest.approx(auto[0], abs=0.01)
 
 
+def test_an_adapter_that_was_trained_before_is_compared_with_what_it_begins_as(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["fit", "-c", "dpo", "-c", "adapters/lora", "--model.optimizer.lr", "2e-2"]) == 0
+    words = ["fit", "-c", "dpo", "--model.backbone.adapter", "runs/dpo/0/export"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "frozen" in (said := capfd.readouterr().err)
+    assert "model.reference: base" not in said
+    assert main(words) == 0
+    assert column(1, "train/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    with pytest.warns(UserWarning, match=r"model\.reference: base, but backbone\.adapter was trained before"):
+        assert main([*words, "--model.reference", "base"]) == 0
+    assert abs(column(2, "train/loss")[0] - math.log(2)) > 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["-c", "adapters/lora"], ["--model.objective", "llm_modules.objectives.ORPO"]])
 def test_the_gradient_does_not_depend_on_how_pairs_are_cut(words: list[str]) -> None:

@@ -1,7 +1,8 @@
-"""A frozen copy under autocast: smaller, and the same to the last bit."""
+"""What a frozen model is: the base or a copy; a copy under autocast: smaller, and the same to the last bit."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from llm_modules.batch import IGNORE_INDEX
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone, CausalLM
-from llm_modules.zoo.reference import place_frozen
+from llm_modules.zoo.reference import needs_copy, place_frozen
 from recipes.preview import frozen_bytes
 
 CONFIG = {
@@ -77,3 +78,35 @@ def test_without_autocast_nothing_is_narrowed() -> None:
     model = built("llama")
     place_frozen(model, SimpleNamespace(precision_plugin=Precision()), torch.device("cpu"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+LORA: dict[str, Any] = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, "target_modules": "all-linear"}}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "copied"),
+    [
+        (None, True),
+        (LORA, False),
+        ("LoraConfig", False),  # a class's name is no folder
+        ({"class_path": "peft.LoraConfig", "init_args": {"bias": "all"}}, True),
+        ({"class_path": "peft.LoraConfig", "init_args": {"init_lora_weights": "pissa"}}, True),
+        ("trained", True),  # its base is not what it begins as
+    ],
+)
+def test_what_is_compared_with(adapter: Any, copied: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    pytest.importorskip("peft")
+    if adapter == "trained":
+        own = backbone("llama")
+        own.adapter, adapter = LORA, str(tmp_path)
+        own.build(tokenizer=load_tokenizer("builtin:bytes"), sequence_length=64, seed=0).save_adapter(tmp_path)
+    assert needs_copy(adapter, "auto") == copied
+    assert needs_copy(adapter, "copy")
+    assert needs_copy(adapter, "cached")
+    assert not recwarn.list
+    if copied and adapter != str(tmp_path):
+        with pytest.raises(ValueError, match=r"model\.reference: base, but .*; allowed: copy, auto"):
+            needs_copy(adapter, "base")
+    else:
+        assert not needs_copy(adapter, "base")
+        assert len(recwarn.list) == (adapter == str(tmp_path))
