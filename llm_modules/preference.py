@@ -85,7 +85,7 @@ class PreferenceModule(LLMModule):
         self.generator = generator or Generator()
         # In a tuple, so that it is no submodule: neither trained, nor spread, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
-        self._cached: Tensor | None = None
+        self._cached: tuple[Any, Tensor] | None = None  # the DataModule, and what the reference says of its rows
         self._point: Tensor | float = 0.0
         self._rewards: Tensor | None = None
         self._held_out: list[tuple[LabelledScores, Mapping[str, float], Tensor]] = []
@@ -125,26 +125,32 @@ class PreferenceModule(LLMModule):
         self._place_copy()
 
     def _place_copy(self) -> None:
-        if not self._copy:
-            return
-        if self.reference != "cached":
+        if self.reference == "cached" and self.objective.needs_reference:
+            self._recall()
+        elif self._copy:
             place_frozen(self._copy[0], self.trainer, self.device)
-            return
+
+    def _recall(self) -> None:
+        """What the reference says of the data at hand: kept on disk, or else computed."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self._cached is not None and self._cached[0] is data:
+            return
         if not hasattr(data, "pair_values"):
             raise ValueError(f"model.reference: cached, but {type(data).__name__} keeps nothing; allowed: copy, auto")
-        identity = self._identity(self._copy[0])
+        copy = self._copy[0] if self._copy else self._frozen()  # given away when other data were scored
+        identity = self._identity(copy)
         count, values = data.pair_values(identity)
         lacking = torch.tensor(float(values is None), device=self.device)  # on one node, maybe: then all compute
         if float(self.sum_over_ranks(lacking)):
-            values = self._score_all(self._copy[0].to(self.device), data, count).cpu().numpy()
+            values = self._score_all(copy.to(self.device), data, count).cpu().numpy()
             if self.local_rank == 0:
                 data.keep_pair_values(identity, values)
-        self._cached, self._copy = torch.from_numpy(values), ()
+        self._cached, self._copy = (data, torch.from_numpy(values)), ()
 
     def _identity(self, copy: CausalLM) -> str:
         """All of a reference that its log-probabilities depend on."""
-        built = [getattr(self.backbone, name) for name in ("attention", "fp8", "quantization", "adapter")]
+        built = [getattr(self.backbone, name) for name in ("attention", "fp8", "quantization")]
+        built.append(None if copy.adapter is None else copy.adapter.description)  # a folder's config may change
         config = copy.hf.config.to_json_string(use_diff=False)
         return f"reference {weights_digest(copy)} {config} {built} {self.trainer.precision}"
 
@@ -254,7 +260,7 @@ class PreferenceModule(LLMModule):
         """(A,) as of ``_sums_of``."""
         assert self.model is not None
         if self._cached is not None:
-            return self._cached[batch.rows].flatten().to(self.device)
+            return self._cached[1][batch.rows].flatten().to(self.device)
         with as_reference(self.model, self._copy[0] if self._copy else None) as reference:
             return self._sums_of(reference, batch)[0]
 

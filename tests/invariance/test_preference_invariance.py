@@ -212,6 +212,64 @@ def test_virtual_tokens_have_a_cached_reference_of_their_own(
         assert "scoring all pairs once" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "LoRA"])
+@pytest.mark.parametrize("reference", ["copy", "cached"])
+def test_a_reference_is_asked_about_the_data_at_hand(reference: Any, adapter: Any, tmp_path: Path) -> None:
+    """A module that was fitted on some data is validated on others: nothing of the first ones is left."""
+
+    def module_with(reference: Any) -> PreferenceModule:
+        backbone = Backbone(config=LLAMA, adapter=adapter)
+        return PreferenceModule(backbone, reference=reference, sequence_length=160, seed=1)
+
+    def trainer() -> Trainer:
+        return Trainer(
+            accelerator="cpu", max_steps=1, use_distributed_sampler=False, logger=False, num_sanity_val_steps=0,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[Moved()],
+        )  # fmt: skip
+
+    def data(name: str, start: int) -> PreferenceDataModule:
+        (tmp_path / name).mkdir()
+        path = write_pairs(tmp_path / name, 24)
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[start:]))
+        return PreferenceDataModule(
+            sources=[{"path": str(path)}], batch_size=4, validation_fraction=0.5, tokenizer="builtin:bytes",  # type: ignore[list-item]
+            chat_template="chatml", sequence_length=160, seed=1, cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+
+    module, first, other = module_with(reference), data("first", 0), data("other", 5)
+    trainer().fit(module, datamodule=first)
+    found = [trainer().validate(module, datamodule=d, verbose=False)[0]["val/kl"] for d in (first, other, first)]
+    assert found[0] == found[2] != found[1]
+    fresh = module_with("copy")
+    fresh.configure_model()
+    assert module.model is not None
+    assert fresh.model is not None
+    fresh.model.load_state_dict(module.model.state_dict())
+    expected = [trainer().validate(fresh, datamodule=d, verbose=False)[0]["val/kl"] for d in (first, other)]
+    assert found[:2] == pytest.approx(expected, rel=1e-6)
+    if reference == "cached":
+        with pytest.raises(ValueError, match=r"model\.reference: cached, but NoneType keeps nothing"):
+            trainer().validate(module, dataloaders=first.val_dataloader(), verbose=False)
+
+
+def test_an_adapters_folder_that_changes_has_a_cached_reference_of_its_own(tmp_path: Path) -> None:
+    """Weights and path stay; lora_alpha, which is in its config alone, decides what they do."""
+    made = PreferenceModule(Backbone(config=LLAMA, adapter=LORA), sequence_length=160, seed=1)
+    made.configure_model()
+    made.export(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    found = set()
+    for alpha in (8, 64):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": alpha}))
+        module = PreferenceModule(
+            Backbone(config=LLAMA, adapter=str(tmp_path / "adapter")), reference="cached", sequence_length=160, seed=1
+        )
+        module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        module.configure_model()
+        found.add(module._identity(module._copy[0]))
+    assert len(found) == 2
+
+
 VIRTUAL = {"class_path": "peft.PromptTuningConfig", "init_args": {"num_virtual_tokens": 3}}
 
 
