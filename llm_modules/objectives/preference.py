@@ -28,6 +28,9 @@ class PreferenceObjective:
     needs_reference: bool = True
     """Whether the scores must hold the reference's."""
 
+    length_normalized: bool = False
+    """Whether answers are compared by token; then so are the implicit rewards."""
+
     def __init__(self, beta: float = 0.1) -> None:
         if not beta > 0:
             raise ValueError(f"objective.beta: {beta} is not allowed; above 0")
@@ -42,7 +45,9 @@ class PreferenceObjective:
 
     def rewards(self, scores: PairScores) -> tuple[Tensor, Tensor]:
         """(P,) implicit rewards of the chosen and of the rejected answers; without a reference its part is left out."""
-        chosen, rejected = log_ratios(scores) if scores.reference_chosen is not None else scores[:2]
+        chosen, rejected = scores[:2] if scores.reference_chosen is None else log_ratios(scores)
+        if self.length_normalized:
+            chosen, rejected = by_token(scores, chosen, rejected)
         return self.beta * chosen, self.beta * rejected
 
     def __call__(self, scores: PairScores) -> ObjectiveOutput:
@@ -73,9 +78,9 @@ def log_ratios(scores: PairScores) -> tuple[Tensor, Tensor]:
     return scores.chosen - scores.reference_chosen, scores.rejected - scores.reference_rejected
 
 
-def averages(scores: PairScores) -> tuple[Tensor, Tensor]:
-    """(P,) c and r by token."""
-    return scores.chosen / scores.chosen_tokens.clamp(min=1), scores.rejected / scores.rejected_tokens.clamp(min=1)
+def by_token(scores: PairScores, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) sums of the chosen and of the rejected answers, each by its answer's tokens."""
+    return chosen / scores.chosen_tokens.clamp(min=1), rejected / scores.rejected_tokens.clamp(min=1)
 
 
 class DPO(PreferenceObjective):
@@ -109,11 +114,11 @@ class DPO(PreferenceObjective):
         return (smoothing - 1) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
 
 
-def margin(scores: PairScores, by_token: bool = False) -> Tensor:
+def margin(scores: PairScores, length_normalized: bool = False) -> Tensor:
     """(P,) (c - c') - (r - r'), each log-probability by its answer's tokens if asked for."""
     chosen, rejected = log_ratios(scores)
-    if by_token:
-        chosen, rejected = chosen / scores.chosen_tokens.clamp(min=1), rejected / scores.rejected_tokens.clamp(min=1)
+    if length_normalized:
+        chosen, rejected = by_token(scores, chosen, rejected)
     return chosen - rejected
 
 
@@ -180,6 +185,7 @@ class SimPO(PreferenceObjective):
     """
 
     needs_reference = False
+    length_normalized = True
 
     def __init__(self, beta: float = 2.0, gamma: float = 1.0) -> None:
         super().__init__(beta)
@@ -188,12 +194,8 @@ class SimPO(PreferenceObjective):
         self.gamma = gamma
 
     def losses(self, scores: PairScores) -> Tensor:
-        chosen, rejected = averages(scores)
+        chosen, rejected = by_token(scores, *scores[:2])
         return -logsigmoid(self.beta * (chosen - rejected) - self.gamma)
-
-    def rewards(self, scores: PairScores) -> tuple[Tensor, Tensor]:
-        chosen, rejected = averages(scores)
-        return self.beta * chosen, self.beta * rejected
 
 
 class CPO(PreferenceObjective):
@@ -229,9 +231,10 @@ class ORPO(PreferenceObjective):
     """
 
     needs_reference = False
+    length_normalized = True
 
     def losses(self, scores: PairScores) -> Tensor:
-        chosen, rejected = averages(scores)
+        chosen, rejected = by_token(scores, *scores[:2])
         return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
     def terms(self, scores: PairScores) -> dict[str, Term]:

@@ -239,6 +239,25 @@ def test_the_divergence_from_the_reference_by_hand() -> None:
     assert "kl" not in SimPO()(given._replace(reference_chosen=None, reference_rejected=None)).metrics
 
 
+@pytest.mark.parametrize(
+    "objective", [ORPO(), SimPO(gamma=0.0), IPO(), DPO(length_normalized=True)], ids=lambda o: type(o).__name__
+)
+def test_rewards_by_token_are_of_what_is_compared(objective: PreferenceObjective) -> None:
+    """By token the first pair is the right way round, and its sums are not; of the second it is the other way."""
+    counts = torch.tensor([100.0, 10.0]), torch.tensor([10.0, 100.0])
+    sums = torch.tensor([-50.0, -20.0]), torch.tensor([-20.0, -50.0])  # -0.5 and -2 a token
+    reference = (-0.25 * counts[0], -0.25 * counts[1]) if objective.needs_reference else (None, None)
+    found = objective(PairScores(*sums, *counts, *reference))
+    right, wrong = objective.losses(PairScores(*sums, *counts, *reference)).tolist()
+    assert right < wrong
+    chosen, rejected = objective.rewards(PairScores(*sums, *counts, *reference))
+    given = torch.tensor([-0.5, -2.0]) + 0.25 * objective.needs_reference
+    torch.testing.assert_close(chosen, objective.beta * given)
+    torch.testing.assert_close(rejected, objective.beta * given.flip(0))
+    assert float(found.metrics["reward_accuracy"][0]) == 1.0
+    assert float(found.metrics["reward_margin"][0]) == 0.0
+
+
 def test_a_certain_answer_has_finite_odds() -> None:
     given = scores()
     certain = given._replace(chosen=torch.zeros(6, requires_grad=True))
