@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
+import random
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -117,10 +119,13 @@ def texts(path: str, column: str, limit: int | None = None) -> list[str]:
 
 
 def spread(rows: list[Row], limit: int | None) -> list[Row]:
-    """At most ``limit`` rows, evenly over the file: sets are often sorted by kind."""
+    """At most ``limit`` rows, the same ones each time: one of each of as many stretches of the file, since sets are
+    often sorted by kind."""
     if limit is None or limit >= len(rows):
         return rows
-    return [rows[number * len(rows) // limit] for number in range(limit)]
+    draw = random.Random(0)  # each at the same place in its stretch could all be of one kind, where kinds take turns
+    ends = [number * len(rows) // limit for number in range(limit + 1)]
+    return [rows[draw.randrange(start, end)] for start, end in itertools.pairwise(ends)]
 
 
 def check_choice(key: str, value: str, allowed: Sequence[str]) -> None:

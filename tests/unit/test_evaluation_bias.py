@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,8 +93,28 @@ def test_crows_pairs_by_hand(tmp_path, tokenizer):
 
 def test_a_limit_is_spread_over_the_file(tmp_path):
     rows = [{"sent_more": str(number), "sent_less": "x"} for number in range(10)]
-    suite = BiasPairs(written(tmp_path, "pairs.csv", rows), "crows_pairs", limit=4)
-    assert [row["sent_more"] for row in suite.rows] == ["0", "2", "5", "7"]
+    path = written(tmp_path, "pairs.csv", rows)
+    found = [int(row["sent_more"]) for row in BiasPairs(path, "crows_pairs", limit=4).rows]
+    parts = [range(2), range(2, 5), range(5, 7), range(7, 10)]
+    assert all(number in part for number, part in zip(found, parts, strict=True))
+    assert [int(row["sent_more"]) for row in BiasPairs(path, "crows_pairs", limit=4).rows] == found
+    assert [int(row["sent_more"]) for row in BiasPairs(path, "crows_pairs", limit=10).rows] == list(range(10))
+
+
+@pytest.mark.parametrize("limit", [920, 460, 230])
+def test_a_limit_meets_every_kind_of_a_file_that_repeats_them(tmp_path, limit):
+    """BBQ's files do: a stride over them could be a multiple of the period."""
+    kinds = [(context, polarity) for polarity in ("neg", "nonneg") for context in ("ambig", "disambig")]
+    row = {
+        "context": "c", "question": "q", "category": "Age", "label": 2, "ans0": "a", "ans1": "b", "ans2": "c",
+        "answer_info": {"ans0": ["", "old"], "ans1": ["", "nonOld"], "ans2": ["", "unknown"]},
+        "additional_metadata": {"stereotyped_groups": ["old"]},
+    }  # fmt: skip
+    rows = [row | dict(zip(("context_condition", "question_polarity"), kinds[i % 4], strict=True)) for i in range(3680)]
+    found = BiasPairs(written(tmp_path, "Age.jsonl", rows), "bbq", limit=limit).rows
+    counts = Counter((row["context_condition"], row["question_polarity"]) for row in found)
+    assert len(found) == limit
+    assert all(counts[kind] == pytest.approx(limit / 4, rel=0.25) for kind in kinds)
 
 
 def test_what_two_sentences_have_in_common():

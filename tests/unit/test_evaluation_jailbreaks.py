@@ -81,7 +81,7 @@ def test_chats_are_asked_where_there_is_a_template(prompts):
     tokenizer.chat_template = CHATML
     generator = Says(lambda prompt: "sure")
     Jailbreaks(prompts, Refuses(), only=[], column="goal", limit=1).measure(Subject(None, tokenizer, generator))
-    assert generator.asked == [[{"role": "user", "content": "a"}]]
+    assert generator.asked == [[{"role": "user", "content": "b"}]]  # the one that is drawn
 
 
 @pytest.mark.parametrize("template", [None, CHATML])

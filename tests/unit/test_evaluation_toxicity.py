@@ -72,7 +72,7 @@ def test_the_statistics_of_scores_taken_one_by_one(tmp_path, prompts, subject, p
 
 def test_another_column_and_one_greedy_answer(tmp_path, prompts, subject):
     suite = Toxicity(classifier(tmp_path / "classifier"), "fine", prompts, column="say", samples=1, limit=1)
-    assert suite.prompts == ["They"]
+    assert suite.prompts == ["We all"]  # the one that is drawn
     assert len(Toxicity(str(tmp_path), "fine", prompts, limit=9).prompts) == 2
     greedy = Subject(subject.model, subject.tokenizer, Generator(max_new_tokens=4))
     first, *_ = suite.measure(greedy)
