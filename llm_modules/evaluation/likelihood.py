@@ -78,7 +78,7 @@ def token_logprobs(
         batch_tokens: most tokens of a batch, padding included.
 
     Raises:
-        ValueError: as ``check_rows``.
+        ValueError: as ``check_rows``; the model gives numbers that are not finite.
     """
     first = [first] * len(rows) if isinstance(first, int) else first
     check_rows(model, rows)
@@ -89,7 +89,9 @@ def token_logprobs(
             ids, labels = _padded(model, [rows[p] for p in places], [first[p] for p in places])
             values = score(model, ids, labels, [len(rows[p]) for p in places]).double().cpu()
             counts = [max(0, len(rows[p]) - first[p]) for p in places]
-            found.update(zip(places, values.split(counts), strict=True))
+            for place, row in zip(places, values.split(counts), strict=True):
+                _check_said(place, row)
+                found[place] = row
     return [found[place] for place in range(len(rows))]
 
 
@@ -97,7 +99,11 @@ def token_logprobs(
 def likeliest(
     model: Any, rows: Sequence[Sequence[int]], first: Sequence[int], batch_tokens: int = BATCH_TOKENS
 ) -> list[bool]:
-    """Of each row whether greedy decoding, given the tokens before place ``first``, goes on with exactly the others."""
+    """Of each row whether greedy decoding, given the tokens before place ``first``, goes on with exactly the others.
+
+    Raises:
+        ValueError: as ``token_logprobs``.
+    """
     check_rows(model, rows)
     found: dict[int, bool] = {}
     with undisturbed(model):
@@ -105,7 +111,10 @@ def likeliest(
             ids, labels = _padded(model, [rows[p] for p in places], [first[p] for p in places])
             lengths = [len(rows[p]) for p in places]
             logits_BKV, targets_BK = _needed_logits(transformers_model(model), ids, labels, lengths)
-            right = (logits_BKV.argmax(-1) == targets_BK) | (targets_BK == IGNORE_INDEX)
+            wanted_BK, (best_BK, said_BK) = targets_BK != IGNORE_INDEX, logits_BKV.max(-1)
+            for place, best, wanted in zip(places, best_BK, wanted_BK, strict=True):
+                _check_said(place, best[wanted])
+            right = (said_BK == targets_BK) | ~wanted_BK
             found.update(zip(places, right.all(-1).tolist(), strict=True))
     return [found[place] for place in range(len(rows))]
 
@@ -141,6 +150,15 @@ def check_rows(model: Any, rows: Sequence[Sequence[int]]) -> None:
                 f"text {place}: token id {max(row)} is outside the model's vocabulary of {vocabulary}; the tokenizer "
                 "belongs to another model"
             )
+
+
+def _check_said(place: int, values: Tensor) -> None:
+    """Raise a ValueError for numbers of a broken model, which would be compared, and counted, like any others."""
+    if not (finite := values.isfinite()).all():
+        raise ValueError(
+            f"text {place}: the model gives {float(values[~finite][0])} where a log-probability is needed; its "
+            "training diverged, or it needs a wider precision"
+        )
 
 
 def _padded(model: Any, rows: Sequence[Sequence[int]], first: Sequence[int]) -> tuple[Tensor, Tensor]:

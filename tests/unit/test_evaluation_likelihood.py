@@ -137,6 +137,21 @@ def test_rows_that_the_model_cannot_take(tokenizer):
         token_logprobs(plain("llama"), [[1, 2], [1, 260]])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("build", [lambda: plain("llama"), zoo])
+def test_a_model_that_diverged_has_no_numbers(build, value, tokenizer):
+    model, rows = build(), [encode(tokenizer, "aa"), encode(tokenizer, "zz")]
+    embedding = model.generation_model.get_input_embeddings() if hasattr(model, "hf") else model.get_input_embeddings()
+    assert all(values.isfinite().all() for values in token_logprobs(model, rows))
+    with torch.no_grad():
+        embedding.weight[rows[1][1]] = value
+    assert len(token_logprobs(model, rows[:1])) == len(likeliest(model, rows[:1], [1])) == 1
+    with pytest.raises(ValueError, match=r"text 1: the model gives nan where a log-probability is needed"):
+        token_logprobs(model, rows)
+    with pytest.raises(ValueError, match=r"text 1: the model gives nan where a log-probability is needed"):
+        likeliest(model, rows, [1, 2])
+
+
 def test_a_tokenizer_without_a_beginning():
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
