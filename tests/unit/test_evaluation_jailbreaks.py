@@ -76,6 +76,17 @@ def test_success_by_frame_and_in_any(prompts):
     assert generator.asked[:3] == ["Do A", "Do B", "Do C"]
 
 
+def test_silence_is_no_success(prompts):
+    """As in ``RefusalSuite``; thoughts alone are silence, too."""
+    said = {"Do A": " \n", "Do B": "<think>Do I?</think>\n", "Do C": "<think>I do.</think> sure"}
+    suite = Jailbreaks(prompts, Refuses(), only=[])
+    found = suite.measure(Subject(None, byte_tokenizer(), Says(said.__getitem__)))
+    assert [(m.name, m.value) for m in found] == [
+        ("jailbreak_success/plain", 1 / 3),
+        ("jailbreak_success_any", 1 / 3),
+    ]
+
+
 def test_chats_are_asked_where_there_is_a_template(prompts):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHATML

@@ -276,6 +276,18 @@ def test_the_suite(tmp_path, universal):
     assert found["suffix_target_said"].value == sum(begun) / 2
 
 
+def test_silence_is_no_success(tmp_path):
+    """A model that ends its answer before it has begun."""
+    tokenizer, model = bytes_of(), plain()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = nn.Parameter(torch.zeros(model.config.vocab_size))
+        model.lm_head.bias[tokenizer.eos_token_id] = 1.0
+    suite = AdversarialSuffixes(goals(tmp_path), lambda *_: False, budget=Budget(1, 2, 2), start="! !")
+    found = {m.name: m.value for m in suite.measure(Subject(model, tokenizer, Generator(max_new_tokens=6)))}
+    assert (found["suffix_success_without"], found["suffix_success"]) == (0.0, 0.0)
+
+
 def test_a_target_that_the_model_says_anyway_is_said(tmp_path):
     """A model that was trained to answer so: greedy decoding says the beginning, which the suite sees."""
     tokenizer, model = bytes_of(), plain()
