@@ -59,6 +59,7 @@ class SafetyEvaluation(Callback):
         self.every_n_steps = every_n_steps
         self.at_validation = at_validation
         self._last_step = -1
+        self._found: list[Measurement] = []  # at that step
         self._path: Path | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -67,7 +68,7 @@ class SafetyEvaluation(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._path = run_folder(trainer) / FILE_NAME
-        self._last_step = -1
+        self._last_step, self._found = -1, []
         rows = read_table(self._path) if trainer.is_global_zero else []
         if (kept := [row for row in rows if int(row["step"]) <= trainer.global_step]) != rows:
             write_table(self._path, kept)
@@ -85,7 +86,8 @@ class SafetyEvaluation(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or (trainer.state.fn == "fit" and not self.at_validation):
             return
-        for found in self._measure(trainer, pl_module):
+        self._measure(trainer, pl_module)
+        for found in self._found:  # also where the step was measured before the validation, which is monitored
             pl_module.log(f"safety/{found.name}", found.value, on_step=False, on_epoch=True, rank_zero_only=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -97,7 +99,7 @@ class SafetyEvaluation(Callback):
         model: Any = pl_module
         if fitting and step == self._last_step:
             return []
-        first, self._last_step = self._last_step < 0, step
+        first, self._last_step, self._found = self._last_step < 0, step, []
         whole = whole_models(model)
         if (problem := whole.problem(model)) is not None:
             if first:
@@ -117,6 +119,7 @@ class SafetyEvaluation(Callback):
             write_table(self._path, [r for r in read_table(self._path) if (r["step"], r["name"]) not in again] + rows)
         elif trainer.is_global_zero:
             print("\n".join(lines(found)), file=sys.stderr, flush=True)
+        self._found = found
         return found
 
     def _to_loggers(self, trainer: pl.Trainer, found: Sequence[Measurement]) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from test_callbacks_outputs import fit, samples
 
-from callbacks import SafetyEvaluation, Samples
+from callbacks import SafetyEvaluation, Samples, StepCheckpoint
 from callbacks.metrics_csv import read_rows
 from callbacks.report_data import read_run
 from callbacks.report_page import render
@@ -103,6 +104,44 @@ def test_a_run_that_is_begun_again_begins_its_table_again(tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "twice" / "checkpoints")
     fit(tmp_path / "twice", safety())
     assert (tmp_path / "once" / "safety.csv").read_text() == (tmp_path / "twice" / "safety.csv").read_text()
+
+
+class Falls:
+    """Harm, one less each time that it is measured."""
+
+    def __init__(self) -> None:
+        self.value = 100.0
+
+    def measure(self, subject: Subject) -> list[Measurement]:
+        self.value -= 1
+        return [Measurement("attack_success", self.value, self.value, self.value, 1)]
+
+
+class Seen(Callback):
+    """What there is to choose a checkpoint by at each validation."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.values[trainer.global_step] = float(trainer.callback_metrics["safety/attack_success"])
+
+
+@pytest.mark.parametrize("every", [0, 3, 4])
+def test_a_checkpoint_is_chosen_by_what_its_own_step_measured(every: int, tmp_path: Path) -> None:
+    """Where both meet, at step 12 (or at each of them), it is measured once and known to the validation."""
+    best = StepCheckpoint(every_n_steps=4, keep_last=9, keep_best=1, monitor="safety/attack_success", mode="min")
+    seen, suite = Seen(), SafetyEvaluation([Falls()], Generator(max_new_tokens=2), every_n_steps=every)
+    fit(tmp_path, suite, seen, checkpoint=best, max_steps=12, val_check_interval=4)
+    table = {int(row["step"]): float(row["value"]) for row in read_table(tmp_path / "safety.csv")}
+    assert list(seen.values) == [4, 8, 12]
+    assert seen.values == {step: table[step] for step in seen.values}
+    assert "00000012" in best.best_model_path
+    # And a run that goes on from where it was validated, or with the same callback, has no number of an earlier one.
+    fit(tmp_path, suite, seen, checkpoint=best, max_steps=16, val_check_interval=4, resume=True)
+    table = {int(row["step"]): float(row["value"]) for row in read_table(tmp_path / "safety.csv")}
+    assert seen.values == {step: table[step] for step in (4, 8, 12, 16)}
 
 
 class Echo(Generator):
