@@ -301,9 +301,8 @@ class Backbone:
         return model
 
     def _with_score(self, hf: PreTrainedModel, config: PretrainedConfig, problem: str | None) -> CausalLM:
-        from llm_modules.zoo.reward_model import RewardModel, check_family, is_classifier, stored_score
+        from llm_modules.zoo.reward_model import RewardModel, is_classifier, stored_score
 
-        check_family(config)
         score = (
             stored_score(self.source) if self.source is not None and self.pretrained and is_classifier(config) else None
         )
@@ -312,9 +311,12 @@ class Backbone:
     def _weights(
         self, config: PretrainedConfig, tokens: int, dtype: torch.dtype, seed: int, headless: bool
     ) -> PreTrainedModel:
+        from llm_modules.zoo.reward_model import check_family
         from llm_modules.zoo.vocabulary import grow_embeddings
         from llm_modules.zoo.weights import pretrained_model, random_model
 
+        if headless:
+            check_family(config)
         if self.pretrained:
             assert self.source is not None
             hf = pretrained_model(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llm_modules.zoo.causal_lm import CausalLM
 from llm_modules.zoo.configuration import local_folder
+from llm_modules.zoo.estimate import meta_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -125,7 +126,7 @@ def is_classifier(config: Any) -> bool:
 
 
 def check_family(config: PretrainedConfig) -> None:
-    """Raises a ValueError for a family of which transformers has no classifier to save it as."""
+    """Raises a ValueError for a family of which transformers has no classifier that a reward model can be saved as."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
@@ -133,6 +134,17 @@ def check_family(config: PretrainedConfig) -> None:
             f"backbone: no reward model of {config.model_type!r}: transformers has no classifier of this family, as "
             "which it would be saved"
         )
+    hf = meta_model(config)
+    output: Any = hf.get_output_embeddings()
+    head = next(name for name, module in hf.named_modules() if module is output)
+    state = {name: value for name, value in hf.state_dict().items() if not name.startswith(f"{head}.")}
+    try:
+        classifier(config, state | {f"{head}.weight": output.weight[:1]}, head)
+    except RuntimeError as error:  # encoders' classifiers have a pooler or a head of another name
+        raise ValueError(
+            f"backbone: no reward model of {config.model_type!r}: transformers' classifier of this family, as which it "
+            f"would be saved, is not its language model with {SCORE!r} for a head"
+        ) from error
 
 
 def stored_score(source: str) -> Tensor:

@@ -198,6 +198,16 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "this model learns from pairs of answers" in said("fit", "-c", "reward", *talks)
     family = ("--model.backbone.config.model_type", "cohere")
     assert "no reward model of 'cohere'" in said("fit", "-c", "reward", *family)
+    # Families whose classifiers are other models: they would train, and not be saved.
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = sizes | {"is_decoder": True, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 128}
+    ctrl = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}
+    alone = ("fit", "-c", "other", "--data.packing", "none")
+    for kind, values in (("bert", encoder), ("ctrl", ctrl)):
+        other = RECIPE.partition("      config: ")[0] + f"      config: {json.dumps({'model_type': kind} | values)}\n"
+        other += "      attention: eager\n" + "    optimizer: " + RECIPE.partition("    optimizer: ")[2]
+        Path("other.yaml").write_text(other)
+        assert f"no reward model of {kind!r}: transformers' classifier" in said(*alone)
     assert main(["fit", "-c", "reward", "--trainer.max_steps", "1"]) == 0
     (run,) = [path for path in Path("runs/reward").iterdir() if (path / "export").is_dir()]
     capsys.readouterr()
