@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llm_modules.data.conversation_encoding import ConversationEncoder
-from llm_modules.data.preferences import BadPair, Message, NoPair, messages_before, preference_pair, side_messages
+from llm_modules.data.preferences import (
+    BadPair,
+    Message,
+    NoPair,
+    joined,
+    messages_before,
+    preference_pair,
+    side_messages,
+)
 from llm_modules.data.sources import Row, Source
 from llm_modules.data.store import Encoded
 from llm_modules.data.tokenization import content_hash
@@ -73,7 +81,7 @@ def labelled_answer(row: Row) -> LabelledAnswer:
         raise NoPair(f"{row.origin}: no answer: completion (or answer) is empty or not there")
     said = side_messages(row, name)
     before = [] if name == "messages" else messages_before(row)
-    prompt = said[:-1] if said[: len(before)] == before and len(said) > 1 else [*before, *said[:-1]]
+    prompt = joined(row, name, before[:-1] if before == said else before, said[:-1])
     if not prompt:
         raise NoPair(f"{row.origin}: no prompt; a column prompt or messages is needed (name it with `columns`)")
     if prompt[-1]["role"] == "assistant":

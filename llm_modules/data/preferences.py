@@ -68,10 +68,9 @@ def preference_pair(row: Row) -> Pair:
         raise NoPair(f"{row.origin}: {what} {missing[0]!r}; a pair needs chosen and rejected; columns: {there}")
     before = messages_before(row)
     sides = {name: side_messages(row, name) for name in ("chosen", "rejected")}
-    prompts = {
-        name: [*before, *messages[:-1]] if before and messages[:-1] != before else messages[:-1] or before
-        for name, messages in sides.items()
-    }
+    if before in sides.values():  # one of them again, as UltraFeedback's `messages`
+        before = before[:-1]
+    prompts = {name: joined(row, name, before, messages[:-1]) for name, messages in sides.items()}
     if prompts["chosen"] != prompts["rejected"]:
         raise NoPair(f"{row.origin}: the prompts of chosen and rejected differ; a pair is two answers to one prompt")
     prompt, (chosen, rejected) = prompts["chosen"], (sides[name][-1]["content"] for name in ("chosen", "rejected"))
@@ -90,6 +89,33 @@ def preference_pair(row: Row) -> Pair:
     return Pair(prompt, chosen, rejected, tuple(_value(row, name) for name in VALUES))
 
 
+def joined(row: Row, name: str, before: list[Message], own: list[Message]) -> list[Message]:
+    """What comes before an answer: what the row says of it beside the answer, and the answer's own messages, each
+    message once.
+
+    Args:
+        name: the answer's column.
+        before: as of ``messages_before``.
+        own: of ``side_messages``, without the answer.
+
+    Raises:
+        NoPair: the two have nothing in common, and one does not go on where the other ends.
+    """
+    if not before or not own:
+        return own or before
+    told, said = ([message | {"content": message["content"].strip()} for message in part] for part in (before, own))
+    if any(said[start : start + len(told)] == told for start in range(len(said))):
+        return own
+    both = next((size for size in range(min(len(told), len(said)), 0, -1) if told[-size:] == said[:size]), 0)
+    goes_on = own[0]["role"] not in ("system", before[-1]["role"]) and said[0] not in told
+    if both or goes_on:
+        return [*before, *own[both:]]
+    raise NoPair(
+        f"{row.origin}: prompt (or messages) and the messages of {name} are two different prompts; leave one of them "
+        "out"
+    )
+
+
 def _value(row: Row, name: str) -> float:
     value = row.columns.get(name)
     if value is None:
@@ -105,12 +131,25 @@ def messages_before(row: Row) -> list[Message]:
     for name in ("messages", "prompt"):
         value = row.columns.get(name)
         if isinstance(value, str) and value.strip():
-            return [{"role": "user", "content": value}]
+            return _asked(value)
         if isinstance(value, list) and value:
             return _messages(row, name, value)
         if value and not isinstance(value, str):
             raise NoPair(f"{row.origin}: {name} is of type {type(value).__name__}; a text or messages are needed")
     return []
+
+
+def _asked(text: str) -> list[Message]:
+    """A prompt that is text: what the user says, or a dialogue up to where the assistant is to speak."""
+    turns = dialogue(text)
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:
+        turns.pop()
+    return turns or [{"role": "user", "content": text}]
+
+
+def _ends_a_dialogue(row: Row) -> bool:
+    """Whether an answer that is text follows a prompt that is a dialogue: a space between the two is nobody's."""
+    return any(isinstance(text := row.columns.get(name), str) and dialogue(text) for name in ("messages", "prompt"))
 
 
 def side_messages(row: Row, name: str) -> list[Message]:
@@ -121,7 +160,8 @@ def side_messages(row: Row, name: str) -> list[Message]:
     if isinstance(value, list):
         messages = _messages(row, name, value)
     elif isinstance(value, str):
-        messages = dialogue(value) or [{"role": "assistant", "content": value}]
+        said = value.strip() if _ends_a_dialogue(row) else value
+        messages = dialogue(value) or [{"role": "assistant", "content": said}]
     else:
         raise NoPair(f"{row.origin}: {name} is of type {type(value).__name__}; a text or a list of messages is needed")
     if messages[-1]["role"] != "assistant":

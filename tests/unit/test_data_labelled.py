@@ -33,6 +33,9 @@ def row(**columns: Any) -> Row:
         {"messages": [USER], "completion": GOOD},
         {"messages": [USER, SAID]},
         {"prompt": [USER], "completion": [USER, SAID]},
+        {"prompt": "2 + 2?\n", "completion": [USER, SAID]},
+        {"messages": [USER, SAID], "completion": [USER, SAID]},
+        {"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", "completion": " 4"},
         {"completion": "\n\nHuman: 2 + 2?\n\nAssistant: 4"},
     ],
 )
@@ -54,6 +57,10 @@ def test_formats(columns: dict[str, Any], label: bool) -> None:
         ({"completion": "b", "label": True}, "no prompt; a column prompt or messages is needed"),
         ({"messages": [USER], "label": True}, "messages ends with the user"),
         ({"prompt": [USER, SAID], "completion": "b", "label": True}, "the prompt ends with the assistant"),
+        (
+            {"prompt": "3 + 3?", "completion": [USER, SAID], "label": True},
+            "prompt (or messages) and the messages of completion are two different prompts",
+        ),
     ],
 )
 def test_what_holds_no_answer_is_said_with_its_place(columns: dict[str, Any], said: str) -> None:

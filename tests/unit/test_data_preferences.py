@@ -28,6 +28,8 @@ def row(**columns: Any) -> Row:
     return Row(columns, "pairs.jsonl", 7)
 
 
+SYSTEM = {"role": "system", "content": "Be short."}
+TALK = [{"role": "user", "content": "Hi"}, answer("Hello."), USER]
 HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2 + 2?\n\nAssistant: "
 
 
@@ -44,6 +46,36 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2 + 2?\n\nAssistant: "
             {"chosen": HH + GOOD, "rejected": HH + BAD},
             [{"role": "user", "content": "Hi"}, answer("Hello."), USER],
         ),
+        ({"prompt": HH, "chosen": " " + GOOD, "rejected": " " + BAD}, TALK),
+        ({"prompt": HH.removesuffix("\n\nAssistant: "), "chosen": GOOD, "rejected": BAD}, TALK),
+        # What comes before is said twice, as a whole or in part.
+        ({"prompt": "Hi", "chosen": [*TALK, answer(GOOD)], "rejected": [*TALK, answer(BAD)]}, TALK),
+        ({"prompt": "2 + 2?\n", "chosen": [*TALK, answer(GOOD)], "rejected": [*TALK, answer(BAD)]}, TALK),
+        ({"prompt": "Hi", "chosen": HH + GOOD, "rejected": HH + BAD}, TALK),
+        ({"prompt": HH, "chosen": HH + GOOD, "rejected": HH + BAD}, TALK),
+        ({"messages": [*TALK, answer(GOOD)], "chosen": [*TALK, answer(GOOD)], "rejected": [*TALK, answer(BAD)]}, TALK),
+        (
+            {
+                "prompt": "2 + 2?",
+                "messages": [USER, answer(BAD)],
+                "chosen": [USER, answer(GOOD)],
+                "rejected": [USER, answer(BAD)],
+            },
+            [USER],
+        ),
+        ({"prompt": [SYSTEM, USER], "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]}, [SYSTEM, USER]),
+        (
+            {"prompt": [SYSTEM, TALK[0]], "chosen": [*TALK, answer(GOOD)], "rejected": [*TALK, answer(BAD)]},
+            [SYSTEM, *TALK],
+        ),
+        (
+            {"prompt": "2 + 2?", "chosen": [SYSTEM, USER, answer(GOOD)], "rejected": [SYSTEM, USER, answer(BAD)]},
+            [SYSTEM, USER],
+        ),
+        # It is said in two parts.
+        ({"prompt": [SYSTEM], "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]}, [SYSTEM, USER]),
+        ({"prompt": TALK[:2], "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]}, TALK),
+        ({"prompt": "Hi", "chosen": [*TALK[1:], answer(GOOD)], "rejected": [*TALK[1:], answer(BAD)]}, TALK),
     ],
 )
 def test_formats(columns: dict[str, Any], prompt: list[dict[str, str]]) -> None:
@@ -69,6 +101,15 @@ def test_formats(columns: dict[str, Any], prompt: list[dict[str, str]]) -> None:
         ({"prompt": [USER, answer("x")], "chosen": GOOD, "rejected": BAD}, "the prompt ends with the assistant"),
         ({"prompt": 7, "chosen": GOOD, "rejected": BAD}, "prompt is of type int"),
         ({"prompt": [{"text": "a"}], "chosen": GOOD, "rejected": BAD}, "prompt: message 1 is no object with"),
+        ({"prompt": HH + "Four", "chosen": GOOD, "rejected": BAD}, "the prompt ends with the assistant"),
+        (
+            {"prompt": "Another?", "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]},
+            "prompt (or messages) and the messages of chosen are two different prompts; leave one of them out",
+        ),
+        (
+            {"messages": [USER, answer("?")], "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]},
+            "prompt (or messages) and the messages of chosen are two different prompts",
+        ),
     ],
 )
 def test_what_is_no_pair_is_said_with_its_place(columns: dict[str, Any], said: str) -> None:
