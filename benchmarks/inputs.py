@@ -61,8 +61,7 @@ def preference_pairs() -> list[dict[str, Any]]:
             pair = preference_pair(Row(json.loads(line), path.name, number))
         except ValueError:
             continue
-        answers = {side: [pair.conversation(getattr(pair, side))[-1]] for side in ("chosen", "rejected")}
-        found.append({"prompt": pair.prompt, **answers})
+        found.append({"prompt": pair.prompt, "chosen": [pair.chosen], "rejected": [pair.rejected]})
     return found
 
 

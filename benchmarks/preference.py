@@ -107,19 +107,20 @@ def deal(data: Path, folder: Path, seed: int) -> None:
         except NoPair:
             continue
         before = sum(len(message["content"]) for message in pair.prompt)
-        if before + max(len(pair.chosen), len(pair.rejected)) > CHARACTERS:
+        answers = [pair.chosen["content"], pair.rejected["content"]]
+        if before + max(map(len, answers)) > CHARACTERS:
             continue
         opening = pair.prompt[0]["content"]
         drawn = int(hashlib.sha256(f"{seed} {opening}".encode()).hexdigest()[:8], 16) / 16**8
         part = "held_out" if drawn < HELD_OUT else "train"
         openings[part].add(opening)
-        parts[part].append({"messages": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected})
+        parts[part].append({"messages": pair.prompt, "chosen": answers[0], "rejected": answers[1]})
         if part == "train":
             # Both: a model that knew the chosen ones only would be told them apart by what it has seen.
-            parts["dialogues"] += [{"messages": pair.conversation(text)} for text in (pair.chosen, pair.rejected)]
+            parts["dialogues"] += [{"messages": [*pair.prompt, answer]} for answer in (pair.chosen, pair.rejected)]
         else:
             parts["prompts"].append({"prompt": pair.prompt})
-            parts["answers"] += [{"prompt": pair.prompt, "completion": text} for text in (pair.chosen, pair.rejected)]
+            parts["answers"] += [{"prompt": pair.prompt, "completion": text} for text in answers]
     assert not openings["train"] & openings["held_out"]
     for name, rows in (parts | {"prompts": parts["prompts"][:PROMPTS]}).items():
         write(folder / f"{name}.jsonl", rows)

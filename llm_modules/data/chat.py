@@ -95,18 +95,23 @@ def conversation(row: Row, chat_format: ChatFormat = "auto") -> Conversation:
     """
     if chat_format == "auto":
         chat_format = detect_format(row)
-    columns = row.columns
     if chat_format == "messages":
         messages = _turns(row, "messages", "role", "content")
     elif chat_format == "sharegpt":
         messages = _turns(row, "conversations", "from", "value")
     else:
         messages = _single(row, "instruction" if chat_format == "instruction" else "prompt")
-    system = next((columns[name] for name in _mapped_first(row, SYSTEMS) if columns.get(name)), None)
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _string(row, system, "system")})
+    messages = with_system(row, messages)
     _check(row, messages)
-    return Conversation(messages, _tools(row))
+    return Conversation(messages, tools_of(row))
+
+
+def with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages under the system message that the row has in a column of its own, unless they have one."""
+    system = next((row.columns[name] for name in _mapped_first(row, SYSTEMS) if row.columns.get(name)), None)
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": _string(row, system, "system")}, *messages]
 
 
 def detect_format(row: Row) -> ChatFormat:
@@ -199,7 +204,12 @@ def _as_list(row: Row, value: Any, name: str) -> list[Any]:
     return value
 
 
-def _tools(row: Row) -> list[Any] | None:
+def tools_of(row: Row) -> list[Any] | None:
+    """The descriptions of functions in the row's column ``tools``: a list, or JSON.
+
+    Raises:
+        ValueError: they are neither.
+    """
     tools = row.columns.get("tools")
     if isinstance(tools, str):
         try:

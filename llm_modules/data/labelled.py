@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llm_modules.data.chat import Message, tools_of, with_system
 from llm_modules.data.conversation_encoding import ConversationEncoder
 from llm_modules.data.preferences import (
+    STAND_IN,
     BadPair,
-    Message,
     NoPair,
+    is_empty,
     joined,
     messages_before,
     preference_pair,
@@ -35,16 +37,15 @@ class LabelledAnswer:
 
     Attributes:
         prompt: messages, the last of them not the assistant's.
-        answer: what the assistant says.
+        answer: what the assistant says: a message, with whatever else the row has in it, such as tool_calls.
         desirable: the label.
+        tools: descriptions of functions, for templates that show them.
     """
 
     prompt: list[Message]
-    answer: str
+    answer: Message
     desirable: bool
-
-    def conversation(self) -> list[Message]:
-        return [*self.prompt, {"role": "assistant", "content": self.answer}]
+    tools: list[Any] | None = None
 
 
 class LabelledSource(Source):
@@ -70,7 +71,8 @@ def labelled_answer(row: Row) -> LabelledAnswer:
     columns = row.columns
     if (side := columns.get(SIDE)) is not None:
         pair = preference_pair(row)
-        return LabelledAnswer(pair.prompt, pair.chosen if side == "chosen" else pair.rejected, side == "chosen")
+        answer = pair.chosen if side == "chosen" else pair.rejected
+        return LabelledAnswer(pair.prompt, answer, side == "chosen", pair.tools)
     if columns.get("label") is None:
         there = ", ".join(map(str, columns)) or "none"
         raise ValueError(f"{row.origin}: no label; an answer needs label, true or false; columns: {there}")
@@ -86,10 +88,9 @@ def labelled_answer(row: Row) -> LabelledAnswer:
         raise NoPair(f"{row.origin}: no prompt; a column prompt or messages is needed (name it with `columns`)")
     if prompt[-1]["role"] == "assistant":
         raise NoPair(f"{row.origin}: the prompt ends with the assistant; it must end with what is answered")
-    answer = said[-1]["content"]
-    if not answer.strip():
+    if is_empty(said[-1]):
         raise NoPair(f"{row.origin}: the answer is empty")
-    return LabelledAnswer(prompt, answer, columns["label"])
+    return LabelledAnswer(with_system(row, prompt), said[-1], columns["label"], tools_of(row))
 
 
 class LabelledEncoder:
@@ -113,17 +114,19 @@ class LabelledEncoder:
         answers, bad = zip(*map(self._answer, rows), strict=True)
         encoded = self._conversations(
             [
-                row._replace(columns={"messages": answer.conversation()}, mapped=frozenset())
-                for row, answer in zip(rows, answers, strict=True)
+                row._replace(
+                    columns={"messages": [*found.prompt, found.answer], "tools": found.tools}, mapped=frozenset()
+                )
+                for row, found in zip(rows, answers, strict=True)
             ]
         )
         assert encoded.trained is not None
         # Without a token to predict, a row is left out when the parts are dealt.
         encoded.trained &= np.repeat(~np.array(bad), encoded.lengths)
         encoded.counts["rows dropped that hold no answer"] = sum(bad)
-        contents = [repr((answer.prompt, answer.answer, answer.desirable)) for answer in answers]
+        contents = [repr((found.prompt, found.answer, found.desirable, found.tools)) for found in answers]
         encoded.hashes = np.array([content_hash(content.encode()) for content in contents], dtype=np.uint64)
-        encoded.values = np.array([[answer.desirable] for answer in answers], dtype=np.float32)
+        encoded.values = np.array([[found.desirable] for found in answers], dtype=np.float32)
         return encoded
 
     def _answer(self, row: Row) -> tuple[LabelledAnswer, bool]:
@@ -133,4 +136,4 @@ class LabelledEncoder:
         except NoPair as error:
             if self.bad_rows == "error":
                 raise NoPair(f"{error} (data.bad_rows is 'error'; allowed too: drop)") from error
-            return LabelledAnswer([{"role": "user", "content": "-"}], "-", True), True
+            return LabelledAnswer(STAND_IN[:1], STAND_IN[1], True), True

@@ -69,7 +69,7 @@ class LabelledDataModule(PreferenceDataModule):
 
     def make_prompt(self, row: Row) -> tuple[Prompt, str]:
         found = labelled_answer(row)
-        return found.prompt, found.answer
+        return found.prompt, found.answer["content"]
 
     def _parts(self) -> dict[str, list[Source]]:
         parts = super()._parts()

@@ -80,7 +80,7 @@ class PreferenceDataModule(TokenDataModule):
 
     def make_prompt(self, row: Row) -> tuple[Prompt, str]:
         pair = preference_pair(row)
-        return pair.prompt, pair.chosen
+        return pair.prompt, pair.chosen["content"]
 
     def every_pair(self) -> Iterator[PreferenceBatch]:
         """Every pair of every part once over all ranks, on the host; some ranks get batches of no pair at the end."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from llm_modules.data.chat import Message, tools_of, with_system
 from llm_modules.data.conversation_encoding import ConversationEncoder
 from llm_modules.data.sources import Row
 from llm_modules.data.store import Encoded
@@ -18,7 +19,6 @@ from llm_modules.data.tokenization import content_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
 TooLongPair = Literal["truncate", "drop", "error"]
 BadPair = Literal["error", "drop"]
 
@@ -28,6 +28,10 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 VALUES = ("margin", "chosen_safe", "rejected_safe")
 """Columns that a pair may have beside its texts: by how much the chosen answer is better, and whether each is safe."""
+
+
+STAND_IN = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+"""A prompt and an answer in the place of those of a row that is dropped."""
 
 
 class NoPair(ValueError):
@@ -40,22 +44,22 @@ class Pair:
 
     Attributes:
         prompt: messages, the last of them not the assistant's.
-        chosen, rejected: what the assistant says.
+        chosen, rejected: what the assistant says: messages, with whatever else the row has in them, such as tool_calls.
         values: of ``VALUES``; NaN where the row does not say.
+        tools: descriptions of functions, for templates that show them.
     """
 
     prompt: list[Message]
-    chosen: str
-    rejected: str
+    chosen: Message
+    rejected: Message
     values: tuple[float, ...] = (math.nan,) * len(VALUES)
-
-    def conversation(self, answer: str) -> list[Message]:
-        return [*self.prompt, {"role": "assistant", "content": answer}]
+    tools: list[Any] | None = None
 
 
 def preference_pair(row: Row) -> Pair:
     """The pair in a row: ``chosen`` and ``rejected`` as text beside a ``prompt`` (text) or ``messages``, as messages
-    that end with the answer (with or without what came before), or as dialogues in the style of hh-rlhf.
+    that end with the answer (with or without what came before), or as dialogues in the style of hh-rlhf; with the
+    row's ``system`` message and ``tools``.
 
     Raises:
         NoPair: one line that names the file, the row and what is wrong with the pair.
@@ -73,7 +77,7 @@ def preference_pair(row: Row) -> Pair:
     prompts = {name: joined(row, name, before, messages[:-1]) for name, messages in sides.items()}
     if prompts["chosen"] != prompts["rejected"]:
         raise NoPair(f"{row.origin}: the prompts of chosen and rejected differ; a pair is two answers to one prompt")
-    prompt, (chosen, rejected) = prompts["chosen"], (sides[name][-1]["content"] for name in ("chosen", "rejected"))
+    prompt, chosen, rejected = prompts["chosen"], sides["chosen"][-1], sides["rejected"][-1]
     if not prompt:
         raise NoPair(
             f"{row.origin}: no prompt: chosen and rejected are texts, no dialogues (\\n\\nHuman: ...); a column prompt "
@@ -82,11 +86,20 @@ def preference_pair(row: Row) -> Pair:
     if prompt[-1]["role"] == "assistant":
         raise NoPair(f"{row.origin}: the prompt ends with the assistant; it must end with what is answered")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not answer.strip():
+        if is_empty(answer):
             raise NoPair(f"{row.origin}: the {name} answer is empty")
-    if chosen.strip() == rejected.strip():
+    if _stripped(chosen) == _stripped(rejected):
         raise NoPair(f"{row.origin}: chosen and rejected are the same; nothing can be learned from that")
-    return Pair(prompt, chosen, rejected, tuple(_value(row, name) for name in VALUES))
+    values = tuple(_value(row, name) for name in VALUES)
+    return Pair(with_system(row, prompt), chosen, rejected, values, tools_of(row))
+
+
+def is_empty(answer: Message) -> bool:
+    return not answer["content"].strip() and not answer.get("tool_calls")
+
+
+def _stripped(message: Message) -> Message:
+    return message | {"content": message["content"].strip()}
 
 
 def joined(row: Row, name: str, before: list[Message], own: list[Message]) -> list[Message]:
@@ -103,7 +116,7 @@ def joined(row: Row, name: str, before: list[Message], own: list[Message]) -> li
     """
     if not before or not own:
         return own or before
-    told, said = ([message | {"content": message["content"].strip()} for message in part] for part in (before, own))
+    told, said = ([_stripped(message) for message in part] for part in (before, own))
     if any(said[start : start + len(told)] == told for start in range(len(said))):
         return own
     both = next((size for size in range(min(len(told), len(said)), 0, -1) if told[-size:] == said[:size]), 0)
@@ -182,10 +195,15 @@ def dialogue(text: str) -> list[Message]:
 
 
 def _messages(row: Row, name: str, value: list[Any]) -> list[Message]:
+    """The messages with what is not null in them; of a call of tools alone the content is empty."""
+    messages = []
     for number, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+        given = {key: said for key, said in message.items() if said is not None} if isinstance(message, dict) else {}
+        content = given.get("content", "" if given.get("tool_calls") else None)
+        if not isinstance(content, str) or "role" not in given:
             raise NoPair(f"{row.origin}: {name}: message {number} is no object with 'role' and 'content'")
-    return [dict(message) for message in value]
+        messages.append({"role": given["role"], "content": content} | given)
+    return messages
 
 
 class PreferenceEncoder:
@@ -218,9 +236,10 @@ class PreferenceEncoder:
         return {"kind": "preference"} | {name: getattr(self, name) for name in names}
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
-        pairs, bad = zip(*map(self._pair, rows), strict=True)
+        pairs, stand_ins = zip(*map(self._pair, rows), strict=True)
+        bad = list(stand_ins)
         both = [
-            row._replace(columns={"messages": pair.conversation(answer)}, mapped=frozenset())
+            row._replace(columns={"messages": [*pair.prompt, answer], "tools": pair.tools}, mapped=frozenset())
             for row, pair in zip(rows, pairs, strict=True)
             for answer in (pair.chosen, pair.rejected)
         ]
@@ -228,11 +247,13 @@ class PreferenceEncoder:
         assert encoded.trained is not None
         tokens, trained, lengths, splits = [], [], [], []
         counts = {**encoded.counts, "pairs longer than the sequence length": 0, "pairs dropped as too long": 0}
-        counts["rows dropped that are no pair"] = sum(bad)
         stops = np.cumsum(encoded.lengths)
         starts = stops - encoded.lengths
         for number, row in enumerate(rows):
             parts = [slice(int(starts[i]), int(stops[i])) for i in (2 * number, 2 * number + 1)]
+            if not bad[number] and np.array_equal(encoded.tokens[parts[0]], encoded.tokens[parts[1]]):
+                self._refuse(NoPair(f"{row.origin}: chosen and rejected are the same as the chat template writes them"))
+                bad[number] = True
             parts, drop = self._fitted(row, parts, encoded, counts)
             for part in parts:
                 tokens.append(encoded.tokens[part])
@@ -241,6 +262,7 @@ class PreferenceEncoder:
                 trained.append(none if drop or bad[number] else encoded.trained[part])
             splits.append(parts[0].stop - parts[0].start)
             lengths.append(sum(part.stop - part.start for part in parts))
+        counts["rows dropped that are no pair"] = sum(bad)
         return Encoded(
             tokens=np.concatenate(tokens),
             trained=np.concatenate(trained),
@@ -259,9 +281,12 @@ class PreferenceEncoder:
         try:
             return preference_pair(row), False
         except NoPair as error:
-            if self.bad_pairs == "error":
-                raise NoPair(f"{error} (data.bad_pairs is 'error'; allowed too: drop)") from error
-            return Pair([{"role": "user", "content": "-"}], "-", "-"), True
+            self._refuse(error)
+            return Pair(STAND_IN[:1], STAND_IN[1], STAND_IN[1]), True
+
+    def _refuse(self, error: NoPair) -> None:
+        if self.bad_pairs == "error":
+            raise NoPair(f"{error} (data.bad_pairs is 'error'; allowed too: drop)") from error
 
     def _fitted(
         self, row: Row, parts: list[slice], encoded: Encoded, counts: dict[str, int]
@@ -286,4 +311,4 @@ class PreferenceEncoder:
 
 
 def _pair_hash(pair: Pair) -> int:
-    return content_hash(repr((pair.prompt, pair.chosen, pair.rejected)).encode())
+    return content_hash(repr((pair.prompt, pair.chosen, pair.rejected, pair.tools)).encode())

@@ -105,7 +105,7 @@ def test_what_is_kept_is_what_recipes_train_on() -> None:
     assert conversation(Row(rows("best.jsonl")[0], "best.jsonl", 1)).messages[0]["content"] == "2 + 2?"
     pair = preference_pair(Row(rows("pairs.jsonl")[0], "pairs.jsonl", 1))
     assert pair.prompt == [{"role": "user", "content": "2 + 2?"}]
-    assert {pair.chosen, pair.rejected} == {"four", "five"}
+    assert {pair.chosen["content"], pair.rejected["content"]} == {"four", "five"}
 
 
 def test_where_to_distil_is_where_the_preprompt_gave_a_better_answer() -> None:

@@ -42,7 +42,7 @@ def row(**columns: Any) -> Row:
 @pytest.mark.parametrize("label", [True, False])
 def test_formats(columns: dict[str, Any], label: bool) -> None:
     found = labelled_answer(row(**columns, label=label))
-    assert (found.prompt, found.answer, found.desirable) == ([USER], GOOD, label)
+    assert (found.prompt, found.answer, found.desirable) == ([USER], SAID, label)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +193,25 @@ def test_rows_without_an_answer_can_be_dropped_and_are_counted(tmp_path: Path) -
         data(tmp_path, rows)
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: no label"):
         data(tmp_path, [{"prompt": "a", "completion": "b"}], bad_rows="drop")
+
+
+def test_system_messages_tools_and_calls_are_kept(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    about = {"prompt": "2 + 2?", "system": "Be short.", "tools": [{"name": "add"}]}
+    lines = [about | {"completion": [said], "label": True}, about | {"chosen": [said], "rejected": GOOD}]
+    module = data(tmp_path, lines, sequence_length=300, batch_size=3)
+    (batch,) = module.train_dataloader()
+    found = texts(module, batch)
+    (prompt,) = {prompt for prompt, _ in found}
+    assert prompt == (
+        f"<|im_start|>system\n# Tools\n{json.dumps(about['tools'])}<|im_end|>\n"
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    called = f"\n<tool_call>\n{json.dumps(call['function'])}\n</tool_call><|im_end|>"
+    assert sorted(answer for _, answer in found) == [called, called, f"{GOOD}<|im_end|>"]
+    prompts = [prompt for _, prompt, _ in module.prompts("train")]
+    assert prompts == [[{"role": "system", "content": "Be short."}, USER]] * 3
 
 
 def test_labels_that_are_all_the_same_stop_a_run(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2 + 2?\n\nAssistant: "
 )
 def test_formats(columns: dict[str, Any], prompt: list[dict[str, str]]) -> None:
     pair = preference_pair(row(**columns))
-    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, GOOD, BAD)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, answer(GOOD), answer(BAD))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,68 @@ def test_tokens_are_two_conversations_whose_answers_are_predicted() -> None:
         begin = made.tokenizer.decode(tokens[: int(np.argmax(trained))])
         assert begin == "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     assert found.lengths.tolist() == [len(found.tokens)]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def conversations(found: Any, tokenizer: Any) -> list[str]:
+    """The texts of a pair, with a bar where what is predicted begins."""
+    (split,) = found.splits
+    texts = []
+    for part in (slice(0, split), slice(split, None)):
+        tokens, trained = found.tokens[part], found.trained[part]
+        begin = int(np.argmax(trained))
+        texts.append(f"{tokenizer.decode(tokens[:begin])}|{tokenizer.decode(tokens[begin:])}")
+    return texts
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_message_of_its_own_stands_before_both_conversations(name: str) -> None:
+    made = encoder()
+    texts = conversations(
+        made([row(prompt="2 + 2?", chosen=GOOD, rejected=BAD, **{name: "Be short."})]), made.tokenizer
+    )
+    head = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    assert texts == [f"{head}|{text}<|im_end|>\n" for text in (GOOD, BAD)]
+    pair = preference_pair(row(messages=[SYSTEM, USER], chosen=GOOD, rejected=BAD, system="Another."))
+    assert pair.prompt == [SYSTEM, USER]
+
+
+def test_tools_are_shown_and_calls_are_predicted() -> None:
+    made = encoder(1000)
+    columns = {"prompt": "2 + 2?", "tools": json.dumps(TOOLS), "chosen": [CALLED], "rejected": BAD}
+    chosen, rejected = conversations(made([row(**columns)]), made.tokenizer)
+    assert f"# Tools\n{json.dumps(TOOLS)}<|im_end|>" in chosen
+    call = f"<tool_call>\n{json.dumps(CALL['function'])}\n</tool_call><|im_end|>"
+    assert chosen.endswith(f"assistant\n|\n{call}\n")
+    assert rejected.endswith(f"assistant\n|{BAD}<|im_end|>\n")
+    columns |= {"chosen": [answer("Let me add.") | {"tool_calls": [CALL]}], "rejected": [answer("Let me add.")]}
+    chosen, rejected = conversations(made([row(**columns)]), made.tokenizer)
+    assert chosen.endswith(f"|Let me add.\n{call}\n")
+    assert rejected.endswith("|Let me add.<|im_end|>\n")
+
+
+def test_what_the_template_leaves_out_of_a_pair_is_said() -> None:
+    plain = byte_tokenizer()
+    set_template(plain, "llama3")
+    columns = {"prompt": "2 + 2?", "chosen": [CALLED], "rejected": BAD}
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:7: the chat template leaves out message 2's call of 'add'"):
+        PreferenceEncoder(plain, 1000)([row(**columns)])
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:7: has tools, and the chat template leaves them out"):
+        PreferenceEncoder(plain, 1000)([row(**columns | {"chosen": GOOD}, tools=TOOLS)])
+    thought = row(prompt="2 + 2?", chosen=[answer(GOOD) | {"reasoning_content": "Two and two."}], rejected=GOOD)
+    with pytest.raises(
+        ValueError, match=r"pairs\.jsonl:7: chosen and rejected are the same as the chat template writes"
+    ):
+        encoder()([thought])
+    dropping = PreferenceEncoder(encoder().tokenizer, 200, bad_pairs="drop")
+    found = dropping([thought])
+    assert found.trained is not None
+    assert not found.trained.any()
+    assert found.counts["rows dropped that are no pair"] == 1
 
 
 @pytest.mark.parametrize("too_long", ["truncate", "drop"])
