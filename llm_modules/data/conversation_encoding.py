@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_modules.data.chat import ChatFormat, Conversation, conversation
-from llm_modules.data.masks import TemplateError, assistant_spans, marked_spans, marks_generation, renderer
+from llm_modules.data.masks import (
+    TemplateError,
+    assistant_spans,
+    last_turn,
+    marked_spans,
+    marks_generation,
+    renderer,
+)
 from llm_modules.data.sources import Row
 from llm_modules.data.store import Encoded
 from llm_modules.data.tokenization import content_hash
@@ -87,16 +94,17 @@ class ConversationEncoder:
                 "never names would be trained; use one that shows them, such as chatml"
             )
         try:
+            render = renderer(self.tokenizer, talk.tools)
             if marks_generation(self.tokenizer):
                 text, spans = marked_spans(self.tokenizer, talk)
             else:
-                text, spans = assistant_spans(renderer(self.tokenizer, talk.tools), talk, self.specials)
+                text, spans = assistant_spans(render, talk, self.specials)
+            endless = self._without_end(text, spans, talk)
+            if self.train_on == "last":
+                spans = last_turn(render, talk, text, spans)
         except TemplateError as error:
             raise ValueError(f"{row.origin}: {error}") from error
-        endless = self._without_end(text, spans, talk)
-        if self.train_on == "last":
-            spans = spans[-1:]
-        elif self.train_on == "all":
+        if self.train_on == "all":
             spans = [(0, len(text))]
         return talk, text, spans, endless
 

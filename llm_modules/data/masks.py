@@ -71,6 +71,35 @@ def marked_spans(tokenizer: PreTrainedTokenizerBase, conversation: Conversation)
     return text, spans
 
 
+def last_turn(
+    render: Render, conversation: Conversation, text: str, spans: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The spans of the assistant's last turn, which a template may mark in pieces.
+
+    Args:
+        render: see `renderer`.
+        text, spans: of the whole conversation, as `marked_spans` or `assistant_spans` gives them.
+
+    Raises:
+        TemplateError: there are more spans than turns, and the template does not show where the last turn begins.
+    """
+    if len(spans) < 2:
+        return spans
+    before: str | None
+    try:
+        before = render(conversation.prompt(), prompt=True)
+    except TemplateError:
+        before = None
+    if before is not None and text.startswith(before):
+        return [span for span in spans if span[1] > len(before)]
+    if len(spans) > sum(message["role"] == "assistant" for message in conversation.messages):
+        raise TemplateError(
+            "the chat template marks an answer in several pieces, and what comes before the last answer is written "
+            "differently once that is there: which pieces are of the last answer cannot be told"
+        )
+    return spans[-1:]
+
+
 def _refuse_lost_calls(conversation: Conversation, text: str, spans: list[tuple[int, int]]) -> None:
     """A template that does not know tool calls leaves them out, and would train the turn to end without one.
 

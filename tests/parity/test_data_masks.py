@@ -253,6 +253,42 @@ def test_train_on():
     assert every.trained.all()
 
 
+PIECES = (
+    FOR + "{{- '<|im_start|>' + message.role + '\n' }}{%- if message.role == 'assistant' %}"
+    "{%- if message.thought %}{% generation %}{{- '<think>' + message.thought + '</think>' }}{% endgeneration %}"
+    "{%- endif %}{% generation %}{{- message.content }}{% endgeneration %}{{- ' ' }}"
+    "{% generation %}{{- '<|im_end|>' }}{% endgeneration %}{{- '\n' }}"
+    "{%- else %}{{- message.content + '<|im_end|>\n' }}{%- endif %}" + END
+)
+PROMPT = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT.replace("\n'", "\n<think>'"), ""])
+def test_the_last_turn_is_all_that_a_template_marks_of_it(turns, prompt):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PIECES + prompt
+    asked, said = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "four", "thought": "easy"}
+    row = Row({"messages": [asked, said] * turns}, "file", 1)
+    whole = "<think>easy</think>four<|im_end|>"
+    for train_on, times in (("last", 1), ("assistant", turns)):
+        found = ConversationEncoder(tokenizer, train_on=train_on)([row])
+        assert tokenizer.decode(found.tokens[found.trained].tolist()) == whole * times
+
+
+def test_pieces_of_which_turn_cannot_be_told_are_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{- messages | length }}" + PIECES + PROMPT
+    asked, said = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "four"}
+    row = Row({"messages": [asked, said] * 2}, "chats.jsonl", 7)
+    assert ConversationEncoder(tokenizer)([row]).trained.any()
+    with pytest.raises(ValueError, match=r"^chats\.jsonl:7: the chat template marks an answer in several pieces, and"):
+        ConversationEncoder(tokenizer, train_on="last")([row])
+    tokenizer.chat_template = "{{- messages | length }}" + TEMPLATES["chatml"]
+    found = ConversationEncoder(tokenizer, train_on="last")([row])  # one for each turn: the last is the last one's
+    assert tokenizer.decode(found.tokens[found.trained].tolist()) == "four<|im_end|>"
+
+
 def test_masks_equal_trl_on_its_own_training_template():
     trl = pytest.importorskip("trl")
     templates = pytest.importorskip("trl.chat_template_utils")
