@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each row of --file (default: 1)")
     what.add_argument("--overwrite", action="store_true", help="begin --out anew")
     what.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    what.add_argument("--system", metavar="TEXT", help="system message that stands before each conversation")
+    what.add_argument(
+        "--system", metavar="TEXT", help="system message that stands before each conversation, and in --out"
+    )
     what.add_argument(
         "--preprompt",
         metavar="TEXT",
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if args.file:
         from recipes.generate_file import FileJob
 
-        job = FileJob(Path(args.file), Path(args.out), args.column, args.overwrite, args.samples)
+        job = FileJob(Path(args.file), Path(args.out), args.column, args.overwrite, args.samples, args.system)
         job.read_prompts()
         job.check_rows([source, *adapters.values()][: 1 + bool(adapters)], generator, vars(args))
         if not job.missing:
@@ -124,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, flag) and not chat:
             raise UserError(f"--{flag}: needs a chat template, which this tokenizer has not (or --raw passes over)")
     if args.file:
-        job.run(generator, model, tokenizer, chat, args.system, args.preprompt)
+        job.run(generator, model, tokenizer, chat, args.preprompt)
     elif args.prompt is not None:
         answer(generator, model, tokenizer, as_prompt(args.prompt, chat, args.system))
     else:

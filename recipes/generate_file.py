@@ -21,16 +21,20 @@ if TYPE_CHECKING:
 NOT_THE_ANSWER = ("batch_size",)
 """Settings that a job may go on with after they were changed: what is generated does not depend on them."""
 
+NOT_GENERATED = ("row", "prompt", "reference", "prompt_sha256", "settings_sha256")
+"""What a row of the answers has from the input and the job."""
+
 _SAMPLED_BYTES, _SAMPLES = 65536, 64
 
 
 class FileJob:
     """Reads prompts, appends answers as batches are done, and at the end puts the rows in order.
 
-    A row of the answers holds ``row`` (its number in the input, from 0), ``prompt``, ``completion``,
-    ``finish_reason``, ``prompt_tokens``, ``completion_tokens``, ``truncated`` (tokens of the prompt that were cut off),
-    ``logprob`` (if asked for), ``reference`` (the answer that the input had), and two digests that tell whether a row
-    still belongs to this job: ``prompt_sha256`` and ``settings_sha256`` (settings and model).
+    A row of the answers holds ``row`` (its number in the input, from 0), ``prompt`` (under the system message, without
+    the preprompt), ``completion``, ``finish_reason``, ``prompt_tokens``, ``completion_tokens``, ``truncated`` (tokens
+    of the prompt that were cut off), ``logprob`` (if asked for), ``reference`` (the answer that the input has), and two
+    digests that tell whether a row still belongs to this job: ``prompt_sha256`` (of the input's prompt) and
+    ``settings_sha256`` (settings and model).
 
     The batches are cut from the whole input, whatever is done already, so a job that was killed and started again
     leaves the same file as one that was not.
@@ -41,14 +45,24 @@ class FileJob:
         column: the column that holds the prompt (default: ``prompt`` or ``messages``).
         overwrite: begin ``out`` anew.
         samples: answers to each row, which stand one after another: then ``row`` counts answers.
+        system: a system message for prompts without one.
     """
 
-    def __init__(self, source: Path, out: Path, column: str | None, overwrite: bool, samples: int = 1) -> None:
+    def __init__(
+        self,
+        source: Path,
+        out: Path,
+        column: str | None,
+        overwrite: bool,
+        samples: int = 1,
+        system: str | None = None,
+    ) -> None:
         self.source = source
         self.out = out
         self.column = column
         self.overwrite = overwrite
         self.samples = samples
+        self.system = system
         self.prompts: list[Prompt] = []
         self.references: list[str | None] = []
         self.done: set[int] = set()
@@ -150,23 +164,19 @@ class FileJob:
         model: Any,
         tokenizer: Any,
         chat: bool,
-        system: str | None,
         preprompt: str | None = None,
     ) -> None:
         """Generates what is missing."""
         from llm_modules.data.chat import with_preprompt
-        from recipes.generate import as_prompt, system_message
+        from recipes.generate import as_prompt
 
         prompts: list[Prompt] = []
-        for place, prompt in enumerate(self.prompts):
-            if isinstance(prompt, str):
-                prompts.append(as_prompt(prompt, chat, system))
-            elif not chat:
+        for place in range(len(self.prompts)):
+            prompt = self._asked(place)
+            if not chat and not isinstance(prompt, str):
                 number = place // self.samples
                 raise UserError(f"row {number} of {display(self.source)}: messages need a chat template (and no --raw)")
-            else:
-                has_system = prompt[0]["role"] == "system"
-                prompts.append(prompt if has_system else [*system_message(system), *prompt])
+            prompts.append(as_prompt(prompt, chat, None) if isinstance(prompt, str) else prompt)
         if preprompt is not None:
             talks = [prompt for prompt in prompts if not isinstance(prompt, str)]
             assert len(talks) == len(prompts)  # a preprompt without a chat template was refused before
@@ -182,23 +192,29 @@ class FileJob:
             file.truncate(self._whole)
             for batch in chain([first], batches):
                 new = {place: c for place, c in batch.items() if place not in self.done}
-                file.write(b"".join(self._line(place, completion) for place, completion in new.items()))
+                file.write(b"".join(self._line(place, _answer(completion)) for place, completion in new.items()))
                 file.flush()
                 os.fsync(file.fileno())
                 self.done.update(new)
                 progress.add(len(new), sum(len(completion.token_ids) for completion in new.values()))
         self.finish()
 
-    def _line(self, place: int, completion: Completion) -> bytes:
+    def _asked(self, place: int) -> Prompt:
+        """The prompt under the system message, if there is one and it has none."""
+        from recipes.generate import as_prompt, system_message
+
+        prompt = self.prompts[place]
+        if self.system and isinstance(prompt, str):
+            return as_prompt(prompt, True, self.system)
+        if isinstance(prompt, str) or prompt[0]["role"] == "system":
+            return prompt
+        return [*system_message(self.system), *prompt]
+
+    def _line(self, place: int, answer: dict[str, Any]) -> bytes:
         row = {
             "row": place,
-            "prompt": self.prompts[place],
-            "completion": completion.text,
-            "finish_reason": completion.finish_reason,
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": len(completion.token_ids),
-            "truncated": completion.truncated,
-            **({} if completion.logprob is None else {"logprob": completion.logprob}),
+            "prompt": self._asked(place),
+            **answer,
             **({} if self.references[place] is None else {"reference": self.references[place]}),
             "prompt_sha256": digest(self.prompts[place]),
             "settings_sha256": self.settings,
@@ -206,8 +222,11 @@ class FileJob:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
     def finish(self) -> None:
-        """Puts the rows in the order of the input, in one step."""
-        lines = {json.loads(line)["row"]: line for line in self._whole_lines()}
+        """Puts the rows in the order of the input, with the references that it has now, in one step."""
+        lines = {}
+        for row in map(json.loads, self._whole_lines()):
+            answer = {name: value for name, value in row.items() if name not in NOT_GENERATED}
+            lines[row["row"]] = self._line(row["row"], answer)
         temporary = self.out.with_name(f".{self.out.name}-partial")
         with temporary.open("wb") as file:
             file.writelines(lines[place] for place in sorted(lines))
@@ -215,6 +234,17 @@ class FileJob:
             os.fsync(file.fileno())
         temporary.replace(self.out)
         print(f"{display(self.out.absolute())}: {len(lines)} rows", file=sys.stderr)
+
+
+def _answer(completion: Completion) -> dict[str, Any]:
+    return {
+        "completion": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": len(completion.token_ids),
+        "truncated": completion.truncated,
+        **({} if completion.logprob is None else {"logprob": completion.logprob}),
+    }
 
 
 def digest(value: Any) -> str:

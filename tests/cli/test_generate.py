@@ -186,6 +186,47 @@ def test_more_rows_are_added_and_the_batch_size_may_change(folder, tmp_path):
     assert read_rows(tmp_path / "grown.jsonl") == read_rows(tmp_path / "whole.jsonl")
 
 
+def test_references_are_those_that_the_input_has_at_the_end(folder, tmp_path):
+    """A job that was killed goes on with its answers, whatever was corrected in the meantime."""
+
+    def run(out, references):
+        talks = [[*user(f"q{i}"), {"role": "assistant", "content": text}] for i, text in enumerate(references)]
+        write_rows(tmp_path / "in.jsonl", [{"messages": talk if talk[-1]["content"] else talk[:1]} for talk in talks])
+        command = ["generate", "-m", folder, "--file", str(tmp_path / "in.jsonl"), "--out", str(out)]
+        assert main([*command, "--max_new_tokens", "3", "--logprobs"]) == 0
+
+    out = tmp_path / "out.jsonl"
+    run(out, ["wrong", "b", "", "d"])
+    assert [row.get("reference") for row in read_rows(out)] == ["wrong", "b", None, "d"]
+    lines = out.read_bytes().splitlines(keepends=True)
+    run(tmp_path / "whole.jsonl", ["right", "", "c", "d"])
+    for kept in (1, 2, 4):
+        out.write_bytes(b"".join(lines[:kept]))
+        run(out, ["right", "", "c", "d"])
+        assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_rows_hold_the_system_message_under_which_they_were_answered(folder, opened, tmp_path):
+    own = {"role": "system", "content": "be terse"}
+    system = {"role": "system", "content": "be kind"}
+    rows = [{"prompt": "alpha"}, {"prompt": user("beta")}, {"prompt": [own, *user("gamma")]}]
+    write_rows(tmp_path / "in.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+    command = ["generate", "-m", folder, "--file", str(tmp_path / "in.jsonl"), "--out", str(out)]
+    command += ["--max_new_tokens", "8", "--system", "be kind"]
+    assert main(command) == 0
+    found = read_rows(out)
+    prompts = [[system, *user("alpha")], [system, *user("beta")], [own, *user("gamma")]]
+    assert [row["prompt"] for row in found] == prompts
+    assert [row["completion"] for row in found] == [
+        c.text for c in Generator(max_new_tokens=8).generate(*opened, prompts)
+    ]
+    whole = out.read_bytes()
+    out.write_bytes(whole.splitlines(keepends=True)[1])
+    assert main(command) == 0
+    assert out.read_bytes() == whole
+
+
 def test_answers_of_another_job_are_not_touched(folder, tmp_path, capsys):
     write_rows(tmp_path / "in.jsonl", ROWS)
     out = tmp_path / "out.jsonl"
