@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,11 @@ def run(args: argparse.Namespace) -> int:
     for flag, file in (("--file", args.file), ("--over", args.over)):
         if file is not None and not file.is_file():
             raise UserError(f"{flag} {file}: no such file")
-    if args.out.exists() and (not args.overwrite or args.out.samefile(args.file)):
-        raise UserError(f"--out {args.out}: is there; name another file, or --overwrite (never --file itself)")
+    sources = [file for file in (args.file, args.over) if file is not None]
+    if args.out.exists() and (not args.overwrite or any(map(args.out.samefile, sources))):
+        raise UserError(
+            f"--out {args.out}: is there; name another file, or --overwrite (never --file or --over itself)"
+        )
     rows, talks = read_rows(args.file)
     others = read_rows(args.over, "--over") if args.over is not None else ([], [])
     folder = reward_folder(args.model)
@@ -157,7 +160,7 @@ class Scorer:
         """The score of each conversation at its last token, in their order.
 
         Raises:
-            UserError: one has more tokens than the model has positions.
+            UserError: one has more tokens than the model has positions, or its score is not finite.
         """
         from llm_modules.zoo import Backbone
 
@@ -175,6 +178,9 @@ class Scorer:
         scores: list[float] = []
         for part in _parts(ids, 1 if model.packing_problem else POSITIONS):
             scores += _scores(model, part, self.device)
+        for (place, _), score in zip(rows, scores, strict=True):
+            if not math.isfinite(score):
+                raise UserError(f"{place}: its score is {score}; -m {display(self.folder)}: are its weights finite?")
         return scores
 
 
@@ -209,8 +215,10 @@ def select(scored: list[Row], talks: list[list[Message]], keep: str, above: floa
         return [{"messages": talk, "score": row["score"]} for row, talk in zip(scored, talks, strict=True)
                 if row["score"] > above], 0  # fmt: skip
     kept, passed = [], 0
-    both = list(zip(scored, talks, strict=True))
-    for _, group in groupby(both, key=lambda item: prompt_key(item[1])):
+    groups: dict[str, list[tuple[Row, list[Message]]]] = {}
+    for row, talk in zip(scored, talks, strict=True):
+        groups.setdefault(prompt_key(talk), []).append((row, talk))
+    for group in groups.values():
         answers = sorted(group, key=lambda item: -item[0]["score"])  # the first of equals stays first
         (best, talk), (worst, other) = answers[0], answers[-1]
         same = best["score"] == worst["score"]

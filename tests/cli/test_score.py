@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,49 @@ def test_answers_are_sampled_scored_and_chosen_from() -> None:
     limit = sorted(row["score"] for row in scored)[3]
     assert score("--keep", "above", "--above", str(limit), out="above.jsonl") == 0
     assert [row["score"] for row in rows("above.jsonl")] == [row["score"] for row in scored if row["score"] > limit]
+
+
+def test_answers_to_a_prompt_need_not_be_neighbours() -> None:
+    """Two files of samples, one after the other, are as one of twice as many."""
+    assert sample() == 0
+    assert sample("--seed", "5", out="more.jsonl") == 0
+    one, more = rows("answers.jsonl"), rows("more.jsonl")
+    for name, order in (("apart", one + more), ("together", [*one[:3], *more[:3], *one[3:], *more[3:]])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in order))
+        for keep in ("best", "pairs"):
+            assert score("--keep", keep, source=f"{name}.jsonl", out=f"{name}-{keep}.jsonl") == 0
+    for keep in ("best", "pairs"):
+        apart, together = rows(f"apart-{keep}.jsonl"), rows(f"together-{keep}.jsonl")
+        for row in apart + together:  # scored beside other rows: equal but for rounding
+            for name in ("score", "scores"):
+                row.pop(name, None)
+        assert apart == together
+    assert [row["of"] for row in rows("apart-best.jsonl")] == [6, 6]
+
+
+def test_scores_that_are_not_finite_are_not_written(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(models / "reward", "broken")
+    weights = load_file("broken/model.safetensors")
+    weights["score.weight"].fill_(float("nan"))
+    save_file(weights, "broken/model.safetensors", metadata={"format": "pt"})
+    Path("answers.jsonl").write_text((json.dumps({"prompt": "a", "completion": "b"}) + "\n") * 2)
+    for keep in ("all", "best", "pairs"):
+        assert score("--keep", keep, model="broken") == 2
+        assert "answers.jsonl:1: its score is nan; -m broken: are its weights finite?" in capsys.readouterr().err
+    assert not Path("out.jsonl").exists()
+
+
+def test_what_is_scored_is_never_written_over(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("answers.jsonl", "plain.jsonl"):
+        Path(name).write_text(json.dumps({"prompt": "a", "completion": name}) + "\n")
+    for name in ("answers.jsonl", "plain.jsonl"):
+        assert score("--keep", "better", "--over", "plain.jsonl", "--overwrite", out=name) == 2
+        assert f"--out {name}: is there; name another file, or --overwrite (never --file or --over" in (
+            capsys.readouterr().err
+        )
+        assert rows(name) == [{"prompt": "a", "completion": name}]
 
 
 def test_what_is_kept_is_what_recipes_train_on() -> None:
