@@ -18,11 +18,11 @@ from llm_modules.data.preferences import (
     joined,
     messages_before,
     preference_pair,
+    said_hash,
     side_messages,
 )
 from llm_modules.data.sources import Row, Source
 from llm_modules.data.store import Encoded
-from llm_modules.data.tokenization import content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,8 +124,8 @@ class LabelledEncoder:
         # Without a token to predict, a row is left out when the parts are dealt.
         encoded.trained &= np.repeat(~np.array(bad), encoded.lengths)
         encoded.counts["rows dropped that hold no answer"] = sum(bad)
-        contents = [repr((found.prompt, found.answer, found.desirable, found.tools)) for found in answers]
-        encoded.hashes = np.array([content_hash(content.encode()) for content in contents], dtype=np.uint64)
+        hashes = [said_hash(found.prompt, found.tools, found.answer, found.desirable) for found in answers]
+        encoded.hashes = np.array(hashes, dtype=np.uint64)
         encoded.values = np.array([[found.desirable] for found in answers], dtype=np.float32)
         return encoded
 

@@ -30,8 +30,9 @@ class PreferenceDataModule(TokenDataModule):
     """Pairs of answers to the same prompt, one preferred to the other.
 
     Rows have ``chosen`` and ``rejected``: texts beside ``prompt`` or ``messages``, lists of messages, or dialogues in
-    the style of hh-rlhf. ``batch_size`` counts pairs. sequence_length is that of a prompt with one answer. For reward
-    and cost models also ``margin`` (by how much the chosen one is better), ``chosen_safe`` and ``rejected_safe``.
+    the style of hh-rlhf; ``system`` and ``tools`` are as in conversations. ``batch_size`` counts pairs. sequence_length
+    is that of a prompt with one answer. For reward and cost models also ``margin`` (by how much the chosen one is
+    better), ``chosen_safe`` and ``rejected_safe``.
 
     Args:
         chat_template: chatml, llama3, gemma, zephyr, alpaca, raw, a .jinja file, or the template itself; not given: the

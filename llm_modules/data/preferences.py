@@ -311,4 +311,11 @@ class PreferenceEncoder:
 
 
 def _pair_hash(pair: Pair) -> int:
-    return content_hash(repr((pair.prompt, pair.chosen, pair.rejected, pair.tools)).encode())
+    return said_hash(pair.prompt, pair.tools, pair.chosen, pair.rejected)
+
+
+def said_hash(prompt: list[Message], tools: list[Any] | None, *said: Any) -> int:
+    """A digest of a row's content. Of an answer that is text alone it is that of the text, and without tools nothing
+    stands for them: so it was before there were others, and runs on such rows go on."""
+    texts = [part["content"] if isinstance(part, dict) and set(part) == {"role", "content"} else part for part in said]
+    return content_hash(repr((prompt, *texts, *([tools] if tools else []))).encode())

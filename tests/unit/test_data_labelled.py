@@ -14,6 +14,7 @@ from llm_modules.batch import IGNORE_INDEX, LabelledBatch, TokenBatch
 from llm_modules.data import LabelledDataModule
 from llm_modules.data.labelled import labelled_answer
 from llm_modules.data.sources import Row
+from llm_modules.data.tokenization import content_hash
 
 USER, GOOD = {"role": "user", "content": "2 + 2?"}, "4"
 SAID = {"role": "assistant", "content": GOOD}
@@ -111,6 +112,8 @@ def texts(module: LabelledDataModule, batch: TokenBatch) -> list[tuple[str, str]
 def test_each_prompt_comes_with_the_answer_of_the_row_before(packing: str, tmp_path: Path) -> None:
     module = data(tmp_path, packing=packing)
     (batch,) = module.train_dataloader()
+    contents = [([{"role": "user", "content": o["prompt"]}], o["completion"], o["label"]) for o in LINES]
+    assert module.corpus.hashes.tolist() == [content_hash(repr(content).encode()) for content in contents]
     assert isinstance(batch, LabelledBatch)
     own = texts(module, batch)
     assert batch.desirable.tolist() == [LINES[row]["label"] for row in batch.rows]

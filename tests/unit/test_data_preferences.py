@@ -15,6 +15,7 @@ from llm_modules.data import PreferenceDataModule
 from llm_modules.data.preferences import PreferenceEncoder, dialogue, preference_pair
 from llm_modules.data.sources import Row
 from llm_modules.data.templates import set_template
+from llm_modules.data.tokenization import content_hash
 from llm_modules.tokenizer import byte_tokenizer
 
 USER, GOOD, BAD = {"role": "user", "content": "2 + 2?"}, "4", "five"
@@ -124,6 +125,11 @@ def test_a_dialogue_keeps_what_is_said() -> None:
     assert dialogue("\n\nHuman: a\n\nb\n\nAssistant: c") == [{"role": "user", "content": "a\n\nb"}, answer("c")]
 
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
 def encoder(length: int = 200, too_long: Any = "truncate") -> PreferenceEncoder:
     tokenizer = byte_tokenizer()
     set_template(tokenizer, "chatml")
@@ -142,11 +148,11 @@ def test_tokens_are_two_conversations_whose_answers_are_predicted() -> None:
         begin = made.tokenizer.decode(tokens[: int(np.argmax(trained))])
         assert begin == "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     assert found.lengths.tolist() == [len(found.tokens)]
-
-
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-TOOLS = [{"type": "function", "function": {"name": "add"}}]
+    # Of it a run's order is made: another one, and a run that began earlier would not go on.
+    assert found.hashes.tolist() == [content_hash(repr(([USER], GOOD, BAD)).encode())]
+    called = row(prompt="2 + 2?", chosen=[answer(GOOD) | {"tool_calls": [CALL]}], rejected=BAD)
+    with_tools = row(prompt="2 + 2?", chosen=GOOD, rejected=BAD, tools=TOOLS)
+    assert len({int(encoder(1000)([one]).hashes[0]) for one in (called, with_tools)} | {*found.hashes.tolist()}) == 3
 
 
 def conversations(found: Any, tokenizer: Any) -> list[str]:
