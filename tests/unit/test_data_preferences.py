@@ -29,6 +29,10 @@ def row(**columns: Any) -> Row:
     return Row(columns, "pairs.jsonl", 7)
 
 
+def sides(*before: dict[str, str]) -> dict[str, Any]:
+    return {"chosen": [*before, answer(GOOD)], "rejected": [*before, answer(BAD)]}
+
+
 SYSTEM = {"role": "system", "content": "Be short."}
 TALK = [{"role": "user", "content": "Hi"}, answer("Hello."), USER]
 HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2 + 2?\n\nAssistant: "
@@ -50,33 +54,19 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2 + 2?\n\nAssistant: "
         ({"prompt": HH, "chosen": " " + GOOD, "rejected": " " + BAD}, TALK),
         ({"prompt": HH.removesuffix("\n\nAssistant: "), "chosen": GOOD, "rejected": BAD}, TALK),
         # What comes before is said twice, as a whole or in part.
-        ({"prompt": "Hi", "chosen": [*TALK, answer(GOOD)], "rejected": [*TALK, answer(BAD)]}, TALK),
-        ({"prompt": "2 + 2?\n", "chosen": [*TALK, answer(GOOD)], "rejected": [*TALK, answer(BAD)]}, TALK),
+        ({"prompt": "Hi", **sides(*TALK)}, TALK),
+        ({"prompt": "2 + 2?\n", **sides(*TALK)}, TALK),
         ({"prompt": "Hi", "chosen": HH + GOOD, "rejected": HH + BAD}, TALK),
         ({"prompt": HH, "chosen": HH + GOOD, "rejected": HH + BAD}, TALK),
-        ({"messages": [*TALK, answer(GOOD)], "chosen": [*TALK, answer(GOOD)], "rejected": [*TALK, answer(BAD)]}, TALK),
-        (
-            {
-                "prompt": "2 + 2?",
-                "messages": [USER, answer(BAD)],
-                "chosen": [USER, answer(GOOD)],
-                "rejected": [USER, answer(BAD)],
-            },
-            [USER],
-        ),
-        ({"prompt": [SYSTEM, USER], "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]}, [SYSTEM, USER]),
-        (
-            {"prompt": [SYSTEM, TALK[0]], "chosen": [*TALK, answer(GOOD)], "rejected": [*TALK, answer(BAD)]},
-            [SYSTEM, *TALK],
-        ),
-        (
-            {"prompt": "2 + 2?", "chosen": [SYSTEM, USER, answer(GOOD)], "rejected": [SYSTEM, USER, answer(BAD)]},
-            [SYSTEM, USER],
-        ),
+        ({"messages": [*TALK, answer(GOOD)], **sides(*TALK)}, TALK),
+        ({"prompt": "2 + 2?", "messages": [USER, answer(BAD)], **sides(USER)}, [USER]),
+        ({"prompt": [SYSTEM, USER], **sides(USER)}, [SYSTEM, USER]),
+        ({"prompt": [SYSTEM, TALK[0]], **sides(*TALK)}, [SYSTEM, *TALK]),
+        ({"prompt": "2 + 2?", **sides(SYSTEM, USER)}, [SYSTEM, USER]),
         # It is said in two parts.
-        ({"prompt": [SYSTEM], "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]}, [SYSTEM, USER]),
-        ({"prompt": TALK[:2], "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]}, TALK),
-        ({"prompt": "Hi", "chosen": [*TALK[1:], answer(GOOD)], "rejected": [*TALK[1:], answer(BAD)]}, TALK),
+        ({"prompt": [SYSTEM], **sides(USER)}, [SYSTEM, USER]),
+        ({"prompt": TALK[:2], **sides(USER)}, TALK),
+        ({"prompt": "Hi", **sides(*TALK[1:])}, TALK),
     ],
 )
 def test_formats(columns: dict[str, Any], prompt: list[dict[str, str]]) -> None:
@@ -104,11 +94,11 @@ def test_formats(columns: dict[str, Any], prompt: list[dict[str, str]]) -> None:
         ({"prompt": [{"text": "a"}], "chosen": GOOD, "rejected": BAD}, "prompt: message 1 is no object with"),
         ({"prompt": HH + "Four", "chosen": GOOD, "rejected": BAD}, "the prompt ends with the assistant"),
         (
-            {"prompt": "Another?", "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]},
+            {"prompt": "Another?", **sides(USER)},
             "prompt (or messages) and the messages of chosen are two different prompts; leave one of them out",
         ),
         (
-            {"messages": [USER, answer("?")], "chosen": [USER, answer(GOOD)], "rejected": [USER, answer(BAD)]},
+            {"messages": [USER, answer("?")], **sides(USER)},
             "prompt (or messages) and the messages of chosen are two different prompts",
         ),
     ],
