@@ -11,16 +11,36 @@ from llm_modules.evaluation.rewards import Answer, Reward, RowError, each
 
 WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 NUMBER = re.compile(
-    rf"""(?:(?<![\w.)\]}}])(?P<sign>[-+\u2212]))?(?<!\w)(?<!\d\.)(?:\\?[$€£¥]\s?(?P<inner>[-\u2212]?))?
+    rf"""(?:(?<![\w.)\]}}])(?P<sign>[-+\u2212\u2013]))?(?<![\w^])(?<!\^\{{)(?<!\d\.)(?:\\?[$€£¥]\s?(?P<inner>[-\u2212\u2013]?))?
     (?:(?P<whole>\d+)\s+(?P<part>\d+)/(?P<of>\d+)               # 1 3/4
       |(?P<top>{WHOLE})\s?/\s?(?P<bottom>{WHOLE})(?![\d/])       # 3/4
       |(?P<decimal>{WHOLE}(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE](?P<power>[-+]?\d+))?)
     (?P<percent>\s?\\?%)?""",
     re.VERBOSE | re.ASCII,
 )
-FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|\\[dt]?frac\s*(\d)\s*(\d)")
-SPACES = re.compile(r"\{,\}|\\[,!;: ]")
+GROUPS = re.compile(r"\{,\}|,\s*\\!\s*")
+NOTHING = re.compile(r"\\[,!;: ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|\s?\^\s?(?:\\circ|\{\s?\\circ\s?\})|°")
+WORDS = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|underline)\s?\{([^{}]*)\}")
+PART = rf"(?:\{{\s?(-?{WHOLE}(?:\.\d+)?)\s?\}}|(\d))"
+FRACTION = re.compile(rf"(\d\s?)?\\[cdt]?frac\s*{PART}\s*{PART}")
+SCIENTIFIC = re.compile(
+    r"(?<![\w.,])(\d{1,40}(?:\.\d{1,40})?)\s?(?:\\times|\\cdot|[×*x])\s?10\s?\^\s?\{?(-?\d{1,4})\}?"
+)
+POWER = re.compile(r"(?<![\w.,])(\d{1,20}(?:\.\d{1,20})?)\s?\^\s?(?:\{\s?(-?\d{1,2})\s?\}|(-?\d{1,2}))(?!\d)")
 BOXED = re.compile(r"\\f?boxed\s*\{")
+
+BEFORE = re.compile(r"(?:[a-zA-Z\]}]\{|\\sqrt\s?|\\frac\s?)$")
+AFTER = re.compile(r"\s?(?:\\[a-zA-Z]|[\^_\u00bc-\u00be\u2150-\u215e])|[,:]\d")
+"""What makes of a number a part of something else: a root, a fraction of letters, a multiple of pi, a list."""
+AROUND = re.compile(r"\\?[$€£¥]|\\[()\[\]]")
+NAMED = re.compile(r"^[a-zA-Z]\w{0,20}\s?=\s?")
+SIGN = re.compile(r"^([-+\u2212\u2013])\s?(?=[\d.])")
+UNIT = re.compile(
+    r"""\s?(?:(?:\s[mgshlLAVWNJKCF]|[a-zA-Z]{2,})(?![a-zA-Z])(?:\s?\^\s?\{?-?\d\}?|[\u00b2\u00b3])?
+        (?:[\s/.-]{1,2}[a-zA-Z]+(?:\s?\^\s?\{?-?\d\}?|[\u00b2\u00b3])?)*)?\s?\.?""",
+    re.VERBOSE,
+)
+NO_UNIT = re.compile(r"\b(?:pi|sqrt|and|or|to|plus|minus|times|over|half|dozen|hundred|thousand|[mbtr]+illion)\b")
 LONGEST = 400
 """Characters of a number that is read; a longer one is none."""
 
@@ -35,10 +55,11 @@ class Number(NamedTuple):
 class NumericAnswer(Reward):
     """Whether the answer's number is the reference's: compared exactly, as fractions, or within ``tolerance``.
 
-    The number of a text is the first one after the last ``marker``; without a marker the one in the last ``\\boxed{}``;
-    without either the last number of all. Read are signs, decimals, exponents, thousands in commas, fractions (3/4,
-    1 3/4, ``\\frac{3}{4}``), currency signs (left out) and percent: where only one of the two has the sign, 25% is 25
-    or 0.25. A reference without a number is an error.
+    The number of a text is the one after the last ``marker``; without a marker that in the last ``\\boxed{}``; an
+    answer without either has its last number. Read are signs, decimals, exponents, powers, thousands in commas,
+    fractions (3/4, 1 3/4, ``\\frac{3}{4}``), currency signs and units (left out) and percent: where only one of the two
+    has the sign, 25% is 25 or 0.25. What is in a box, and a reference, has to be a number as a whole: ``2\\sqrt{3}``,
+    ``25\\pi``, ``(3, 4)`` and ``2x`` are none. An answer with such a box is wrong; such a reference is an error.
 
     Args:
         marker: what announces the number, as GSM8K's ``####``; empty: there is none.
@@ -72,11 +93,17 @@ class NumericAnswer(Reward):
         return each(self._score, answers)
 
     def _score(self, answer: Answer) -> float:
-        known = find_number(answer.reference, self.marker)
-        if known is None:
-            raise RowError(answer.row, f"no number in the reference {answer.reference[:60]!r}")
+        known = self._known(answer)
         found = find_number(answer.text, self.marker, last=self.last)
         return self.right if found is not None and self._same(found, known) else self.wrong
+
+    def _known(self, answer: Answer) -> Number:
+        text = answer.reference
+        if (known := plain_number(_marked(text, self.marker) or _boxed(text) or text)) is None:
+            raise RowError(
+                answer.row, f"no number in the reference {text[-60:]!r}; give it alone, or leave the row out"
+            )
+        return known
 
     def _same(self, found: Number, known: Number) -> bool:
         values = {found.value}
@@ -93,26 +120,56 @@ def find_number(text: str, marker: str = "####", *, last: bool = True) -> Number
         marker: the first number after its last place is the answer; empty: there is no marker.
         last: without marker and ``\\boxed{}``, take the last number of all.
     """
-    if marker and marker in text:
-        numbers = _numbers(text.rpartition(marker)[2], most=1)
-        return numbers[0] if numbers else None
+    if (marked := _marked(text, marker)) is not None:
+        return plain_number(marked) or _number(marked, 0)
     if (boxed := _boxed(text)) is not None:
-        numbers = _numbers(boxed, most=1)
-        return numbers[0] if numbers else None
-    numbers = _numbers(text) if last else []
-    return numbers[-1] if numbers else None
+        return plain_number(boxed)
+    return _number(text, -1) if last else None
 
 
-def _numbers(text: str, most: int | None = None) -> list[Number]:
-    text = SPACES.sub("", text)
-    text = FRACTION.sub(lambda match: f"{match[1] or match[3]}/{match[2] or match[4]}", text)
-    found = []
-    for match in NUMBER.finditer(text):
-        if (value := _value(match)) is not None:
-            found.append(Number(value, match["percent"] is not None))
-            if len(found) == most:
-                break
-    return found
+def plain_number(text: str) -> Number | None:
+    """The number that a text's first line is, but for signs of currency, units and Markdown; None: it is none."""
+    if len(text := text.strip().partition("\n")[0]) > LONGEST:
+        return None
+    text = " ".join(AROUND.sub("", _simple(text)).split()).strip(" *`")
+    if text.startswith("(") and text.endswith(")"):
+        text = text[1:-1].strip()
+    text = SIGN.sub(r"\1", NAMED.sub("", text))
+    if (number := NUMBER.match(text)) is None or (value := _value(number)) is None:
+        return None
+    unit = text[number.end() :]
+    return Number(value, number["percent"] is not None) if UNIT.fullmatch(unit) and not NO_UNIT.search(unit) else None
+
+
+def _number(text: str, place: int) -> Number | None:
+    """The first (0) or last (-1) number in a text; None: there is none, or it is a part of something else."""
+    text = _simple(text)
+    found = [(match, value) for match in NUMBER.finditer(text) if (value := _value(match)) is not None]
+    if not found:
+        return None
+    match, value = found[place]
+    if BEFORE.search(text, max(0, match.start() - 8), match.start()) or AFTER.match(text, match.end()):
+        return None
+    return Number(value, match["percent"] is not None)
+
+
+def _simple(text: str) -> str:
+    """Without what LaTeX only sets; fractions and powers as NUMBER has them."""
+    text = WORDS.sub(r" \1", NOTHING.sub("", GROUPS.sub(",", text)))
+    text = SCIENTIFIC.sub(r"\1e\2", FRACTION.sub(_fraction, text))
+    return POWER.sub(lambda match: str(Fraction(match[1]) ** int(match[2] or match[3])), text)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    """``3\\frac{1}{2}`` is 3 1/2, not 31/2."""
+    whole, *parts = match.groups()
+    top, bottom = (Fraction((part or digit).replace(",", "")) for part, digit in (parts[:2], parts[2:]))
+    if not bottom:
+        return match[0]
+    value = top / bottom
+    return (
+        f"{whole.strip()} {value.numerator}/{value.denominator}" if whole else f"{value.numerator}/{value.denominator}"
+    )
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -128,7 +185,11 @@ def _value(match: re.Match[str]) -> Fraction | None:
         value = Fraction(int(top.replace(",", "")), int(bottom.replace(",", "")))
     else:
         value = Fraction(match["decimal"].replace(",", "")) * Fraction(10) ** int(match["power"] or 0)
-    return -value if match["inner"] or match["sign"] in ("-", "\u2212") else value
+    return -value if match["inner"] or match["sign"] in ("-", "\u2212", "\u2013") else value
+
+
+def _marked(text: str, marker: str) -> str | None:
+    return text.rpartition(marker)[2] if marker and marker in text else None
 
 
 def _boxed(text: str) -> str | None:
