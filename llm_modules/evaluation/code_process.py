@@ -7,6 +7,8 @@ forked before the tests have been read, so they are nowhere in its memory, on no
 
 from __future__ import annotations
 
+import ast
+import builtins
 import contextlib
 import json
 import os
@@ -92,7 +94,7 @@ def _test(job: dict[str, Any], tests: dict[str, Any], calls: Calls, report: int)
     if kind != "names":
         return
     values, modules = content
-    space = {"__name__": "tests", **values}
+    space = {**_own(values, [tests["setup"], *tests["tests"]]), "__name__": "tests", "__builtins__": builtins}
     for name, module in modules.items():
         if module.split(".")[0] in sys.stdlib_module_names:  # the code's imports serve the tests, too
             with contextlib.suppress(ImportError):
@@ -106,6 +108,17 @@ def _test(job: dict[str, Any], tests: dict[str, Any], calls: Calls, report: int)
             os.write(report, FAILED)
         else:
             os.write(report, PASSED)
+
+
+def _own(values: dict[str, Any], sources: list[str]) -> dict[str, Any]:
+    """What the tests get of the code. Nothing in the place of Python's own names, which could make everything equal: an
+    ``abs`` that is always 0. What is tested may have such a name itself, if it is all that is read of the code."""
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    read = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    python = {*dir(builtins), *(read & sys.stdlib_module_names)}  # math of math.isclose, not numbers of numbers(3)
+    values = {name: value for name, value in values.items() if not name.startswith("__")}
+    return values if len(used & values.keys()) == 1 else {k: v for k, v in values.items() if k not in python}
 
 
 def _watch(report: int, end: float, limits: dict[str, Any]) -> tuple[bytes, str | None]:

@@ -79,6 +79,41 @@ def test_nothing_passes_that_is_not_right(attempt: str) -> None:
     assert passed(code) == [False, False]
 
 
+BY_PIPE = """
+import sys
+frame = sys._getframe()
+while "calls" not in frame.f_locals:
+    frame = frame.f_back
+calls = frame.f_locals["calls"]
+calls.send("names", {"__builtins__": {"abs": lambda x: 0}, "mean": lambda x: 9}, {})
+while True:
+    calls.answer(*calls.receive()[1:])
+"""
+SHADOWS = {
+    "abs": ("def abs(x): return 0", "assert abs(mean([1, 2]) - 1.5) < 1e-6"),
+    "set": ("def set(x): return 1", "assert set(mean((3, 4))) == set((4, 5))"),
+    "range": ("def range(*a): return []", "for i in range(3):\n    assert mean([i]) == i"),
+    "a module": (
+        "class math:\n    isclose = staticmethod(lambda *a, **k: True)",
+        "import math as m\nassert math.isclose(mean([1, 2]), 1.5)",
+    ),
+    "its built-ins": (BY_PIPE, "assert abs(mean([1, 2]) - 1.5) < 1e-6"),
+}
+
+
+@pytest.mark.parametrize("name", SHADOWS)
+def test_the_code_says_nothing_in_place_of_what_is_pythons(name: str) -> None:
+    code, test = SHADOWS[name]
+    assert passed(f"def mean(x): return 7\n{code}\n", [test]) == [False]
+
+
+def test_what_is_tested_may_have_a_name_of_pythons() -> None:
+    code = "import math\ndef total(x): return 3\ndef sum(a, b): return a + b\ndef abs(x): return 0\nnumbers = total\n"
+    assert passed(code, ["assert sum(1, 2) == 3", "assert sum(2, 2) == 4"]) == [True, True]
+    assert passed(code, ["assert numbers(5) == 3 and math.sqrt(9) == total(1)"]) == [True]
+    assert passed(code, ["assert abs(sum(1, 2) - 9) < 1"]) == [False]
+
+
 REFUSED = {
     "kills its parent": "os.kill(os.getppid(), signal.SIGKILL)",
     "kills its group": "os.killpg(0, signal.SIGKILL)",
