@@ -89,7 +89,8 @@ class PolicyObjective:
             assert batch.advantages is not None
             log_ratio = logprobs.detach() - old(batch)
             ratio, better = log_ratio.exp(), batch.advantages
-            clipped = (ratio > 1 + self.clip_high) & (better > 0) | (ratio < 1 - self.clip) & (better < 0)
+            compared = self.compared(log_ratio, batch).exp()
+            clipped = (compared > 1 + self.clip_high) & (better > 0) | (compared < 1 - self.clip) & (better < 0)
             metrics = {
                 "clipped": (clipped.double().sum(), "tokens"),
                 "kl_old": ((ratio - 1 - log_ratio).double().sum(), "tokens"),  # k3 of schulman's note, from old to new
@@ -97,6 +98,10 @@ class PolicyObjective:
             if batch.reference_logprobs is not None:
                 metrics["kl_reference"] = (k3(logprobs.detach(), batch.reference_logprobs).double().sum(), "tokens")
         return ObjectiveOutput(self.terms(batch, logprobs, values), metrics)
+
+    def compared(self, log_ratio: Tensor, batch: PolicyBatch) -> Tensor:
+        """(M,) logarithm of the ratio that is clipped, at each token: here the token's own, ``log_ratio``."""
+        return log_ratio
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from iteration to iteration, for the checkpoint."""
@@ -186,12 +191,8 @@ class GRPO(PolicyObjective):
         return {}
 
     def terms(self, batch: PolicyBatch, logprobs: Tensor, values: Tensor | None) -> dict[str, Term]:
-        assert batch.answer_index is not None
         assert batch.advantages is not None
-        log_ratio = logprobs - old(batch)
-        if self.ratio == "sequence":
-            sums, lengths = by_answer(log_ratio, batch)
-            log_ratio = (sums / lengths)[batch.answer_index]
+        log_ratio = self.compared(logprobs - old(batch), batch)
         terms = {"loss": self._term(surrogate(log_ratio, batch.advantages, self.clip, self.clip_high), batch)}
         if self.needs_reference:
             assert batch.reference_logprobs is not None
@@ -199,6 +200,12 @@ class GRPO(PolicyObjective):
             divergence = divergence * log_ratio.exp() if self.weighted_kl else divergence
             terms["kl"] = self._term(divergence, batch, self.kl)
         return terms
+
+    def compared(self, log_ratio: Tensor, batch: PolicyBatch) -> Tensor:
+        if self.ratio == "token":
+            return log_ratio
+        sums, lengths = by_answer(log_ratio, batch)
+        return (sums / lengths)[batch.answer_index]
 
     def _term(self, losses: Tensor, batch: PolicyBatch, weight: float = 1.0) -> Term:
         if self.aggregate == "tokens":
@@ -241,6 +248,9 @@ class RLOO(PolicyObjective):
         log_ratio, _ = by_answer(logprobs - old(batch), batch)
         sums, lengths = by_answer(batch.advantages, batch)
         return {"loss": Term(surrogate(log_ratio, sums / lengths, self.clip, self.clip_high).sum(), "answers")}
+
+    def compared(self, log_ratio: Tensor, batch: PolicyBatch) -> Tensor:
+        return by_answer(log_ratio, batch)[0][batch.answer_index]
 
 
 def answer_divergence(rollouts: Rollouts) -> Tensor:
@@ -341,6 +351,9 @@ class OnlineDPO(PolicyObjective):
             reward = rollouts.reward[answers]
             chosen += [int(answers[reward.argmax()]), int(answers[reward.argmin()])]
         return torch.tensor(chosen, dtype=torch.int64)
+
+    def compared(self, log_ratio: Tensor, batch: PolicyBatch) -> Tensor:
+        return torch.zeros_like(log_ratio)  # nothing is clipped
 
     def terms(self, batch: PolicyBatch, logprobs: Tensor, values: Tensor | None) -> dict[str, Term]:
         assert batch.reference_logprobs is not None

@@ -18,7 +18,7 @@ from llm_modules.objectives.advantages import (
     rewards_to_go,
     whiten,
 )
-from llm_modules.objectives.policy import k3, surrogate
+from llm_modules.objectives.policy import PolicyObjective, k3, surrogate
 from llm_modules.rollouts import Rollouts, policy_batch
 
 OF = torch.tensor([0, 0, 0, 1, 1])
@@ -191,6 +191,38 @@ def test_terms_of_a_batch_by_hand() -> None:
     assert float(terms["kl"].sum) == pytest.approx(float(k3(logprobs, made.reference_logprobs).sum()), rel=1e-5)
     grouped = ReinforcePlusPlus(kl=0.3, baseline="group").terms(batch, logprobs, None)["kl"]
     assert float(grouped.sum) == pytest.approx(float(((logprobs - made.reference_logprobs) ** 2).sum()) / 2, rel=1e-5)
+
+
+CLIPS = [
+    (GRPO(), 0.1, 4),  # its tokens alternate between +10 % and -10 %, so that the whole answer's ratio is 1
+    (GRPO(clip=0.05), 0.1, 4),
+    (GRPO(ratio="sequence", clip=3e-4), 0.1, 4),
+    (RLOO(kl=0.0, clip=0.05), 0.1, 4),
+    (GRPO(clip=0.2), 0.03, 8),  # each 3 %, the answer 27 %
+    (GRPO(ratio="sequence", clip=0.02), 0.03, 8),
+    (RLOO(kl=0.0, clip=0.2), 0.03, 8),
+    (ReinforcePlusPlus(clip=0.02), 0.03, 8),
+]
+
+
+@pytest.mark.parametrize(("objective", "step", "length"), CLIPS)
+def test_clipped_are_the_tokens_without_a_gradient(objective: PolicyObjective, step: float, length: int) -> None:
+    made = rollouts(lengths=(length, length), groups=(0, 0))
+    made.advantages = torch.tensor([1.0] * length + [-1.0] * length)
+    assert made.old_logprobs is not None
+    signs = torch.tensor([1.0, -1.0]).repeat(length) if length == 4 else made.advantages
+    logprobs = (made.old_logprobs + step * signs).requires_grad_()
+    output = objective(policy_batch(made, torch.arange(2), "packed", 32), logprobs)
+    output.terms["loss"].sum.backward()
+    assert logprobs.grad is not None
+    assert float(output.metrics["clipped"][0]) == float((logprobs.grad == 0).sum())
+
+
+def test_online_dpo_clips_nothing() -> None:
+    made = rollouts(lengths=(2, 2), groups=(0, 0), advantages=torch.ones(4))
+    assert made.old_logprobs is not None
+    output = OnlineDPO()(policy_batch(made, torch.arange(2), "packed", 32), made.old_logprobs + 1)
+    assert float(output.metrics["clipped"][0]) == 0
 
 
 def test_online_dpo_takes_the_best_and_the_worst() -> None:
