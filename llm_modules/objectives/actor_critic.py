@@ -106,12 +106,12 @@ class PPO(PolicyObjective):
         return (whiten(advantages) if self.normalize else advantages).float()
 
     def _adapt_kl(self, rollouts: Rollouts) -> dict[str, float]:
-        """The weight of the next iteration's divergence (arXiv 1909.08593, section 2.2)."""
+        """The weight of the next divergence (arXiv 1909.08593, section 2.2): in a loss, of this iteration's already."""
         used = self.kl
         if self.kl_target is not None:
             error = float(answer_divergence(rollouts).mean()) / self.kl_target - 1
             self.kl *= 1 + min(max(error, -0.2), 0.2) * len(rollouts) / self.kl_horizon
-        return {"kl_weight": used} if self.needs_reference else {}
+        return {"kl_weight": self.kl if self.kl_in_loss else used} if self.needs_reference else {}
 
     def _explained(self, rollouts: Rollouts) -> dict[str, float]:
         """Share of the returns' variance that each critic knew of."""

@@ -144,6 +144,20 @@ def test_the_weight_of_the_divergence_follows_its_target() -> None:
     assert other.kl == objective.kl
 
 
+@pytest.mark.parametrize("in_loss", [False, True])
+def test_the_logged_weight_of_the_divergence_is_the_one_that_is_used(in_loss: bool) -> None:
+    made = rollouts(values=torch.zeros(6, 1))
+    objective = PPO(kl=0.1, kl_target=6.0, kl_horizon=30, kl_in_loss=in_loss, lam=1.0, normalize=False)
+    logged = objective.prepare(made)["kl_weight"]
+    batch = policy_batch(made, torch.arange(3), "packed", 32)
+    assert made.old_logprobs is not None
+    assert made.reference_logprobs is not None
+    assert made.advantages is not None
+    terms = objective.terms(batch, made.old_logprobs, torch.zeros(6, 1))
+    taken = (made.reward[0] - made.advantages[1]) / (made.old_logprobs - made.reference_logprobs)[1]
+    assert logged == pytest.approx(terms["kl"].weight if in_loss else float(taken), rel=1e-5)
+
+
 def test_the_multiplier_of_safe_rlhf() -> None:
     assert next_multiplier(2.0, 0.5, 0.1, 100.0) == pytest.approx(2 * math.exp(0.1 * 2 * 0.5))
     assert next_multiplier(2.0, -3.0, 0.1, 100.0) == pytest.approx(2 * math.exp(-0.6))
