@@ -111,7 +111,8 @@ class ModelReward(Reward):
                 )
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         scores = [0.0] * len(ids)
-        with torch.no_grad():
+        device = torch.device(self.device).type
+        with torch.no_grad(), torch.autocast(device, enabled=False):  # not in the precision of the run that asks
             for start in range(0, len(order), self.batch_size):
                 part = order[start : start + self.batch_size]
                 for place, score in zip(part, self._scores(model, [ids[i] for i in part]), strict=True):

@@ -103,6 +103,14 @@ def test_precision_and_device(models: Path) -> None:
     assert half == pytest.approx(bound(models / "reward")(answers()), abs=0.1)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_scores_do_not_depend_on_the_precision_of_the_run(models: Path, dtype: str) -> None:
+    reward = bound(models / "reward", dtype=dtype)
+    alone = reward(answers())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reward(answers()) == alone
+
+
 def test_global_random_states_are_left_alone(models: Path) -> None:
     reward = bound(models / "reward")
     before = torch.get_rng_state()
