@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,6 +87,13 @@ class PromptDataModule(TokenDataModule):
     def longest(self) -> int:
         """Tokens of the longest prompt of any part."""
         return self.corpus.longest(self.packing)
+
+    def asked(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Each row of training and validation: `file:row`, its number and its record, as ``PromptBatch`` has them."""
+        maker = _PromptMaker(self.corpus)
+        for part in ("train", "validation"):
+            for document in self.corpus.documents.get(part, ()):
+                yield self.corpus.origin(document), int(document), maker.record(int(document))
 
     @property
     def updates(self) -> int:
@@ -188,12 +195,12 @@ class _PromptMaker:
         update = int(batch[0][0, 3]) if batch[0].shape[1] > 3 else 0
         documents = [int(row[0, 0]) for row in batch]
         prompts = [torch.from_numpy(self.corpus.rows.read(*row[0, 1:3].tolist())[0]) for row in batch]
-        return PromptBatch(prompts, [self._record(document) for document in documents], documents, update)
+        return PromptBatch(prompts, [self.record(document) for document in documents], documents, update)
 
     def empty(self) -> PromptBatch:
         return PromptBatch([], [], [])
 
-    def _record(self, document: int) -> dict[str, Any]:
+    def record(self, document: int) -> dict[str, Any]:
         corpus = self.corpus
         number = int(np.searchsorted(corpus.first, document, side="right")) - 1
         record: dict[str, Any] = corpus.stores[number].record(document - int(corpus.first[number]))

@@ -160,6 +160,9 @@ class CodeTests(Reward):
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(lambda job: self._run(*job), jobs))
 
+    def check(self, asked: Answer) -> None:
+        self._tests(asked)
+
     def _run(self, answer: Answer, code: str, setup: str, tests: list[str]) -> float:
         try:
             outcome = run_tests(code, setup, tests, self.limits, unsafe=self.unsafe)

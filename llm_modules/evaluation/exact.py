@@ -29,9 +29,12 @@ class ExactAnswer(Reward):
     def score(self, answers: Sequence[Answer]) -> list[float]:
         return [self._score(answer) for answer in answers]
 
+    def check(self, asked: Answer) -> None:
+        if not asked.reference.strip():
+            raise RowError(asked.row, "it has no reference to compare with (column `reference`)")
+
     def _score(self, answer: Answer) -> float:
-        if not answer.reference.strip():
-            raise RowError(answer.row, "it has no reference to compare with (column `reference`)")
+        self.check(answer)
         said, known = answer.text.strip(), answer.reference.strip()
         same = said.casefold() == known.casefold() if self.ignore_case else said == known
         return float(same and (answer.finished or not self.must_end))

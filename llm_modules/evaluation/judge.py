@@ -133,6 +133,9 @@ class JudgeReward(Reward):
                 pool.shutdown(wait=False, cancel_futures=True)  # what has not been asked yet never is
                 raise
 
+    def check(self, asked: Answer) -> None:
+        self._body(asked)
+
     def _body(self, answer: Answer) -> bytes:
         parts = {**answer.fields, "prompt": written(answer.prompt), "answer": answer.text}
         parts["reference"] = answer.reference

@@ -92,6 +92,9 @@ class NumericAnswer(Reward):
     def score(self, answers: Sequence[Answer]) -> list[float]:
         return each(self._score, answers)
 
+    def check(self, asked: Answer) -> None:
+        self._known(asked)
+
     def _score(self, answer: Answer) -> float:
         known = self._known(answer)
         found = find_number(answer.text, self.marker, last=self.last)

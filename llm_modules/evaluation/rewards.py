@@ -53,7 +53,7 @@ class RowError(ValueError):
 
     def __init__(self, row: int, problem: str) -> None:
         super().__init__(f"row {row}: {problem}")
-        self.row = row
+        self.row, self.problem = row, problem
 
 
 class Reward:
@@ -73,6 +73,10 @@ class Reward:
     def score(self, answers: Sequence[Answer]) -> Sequence[float]:
         """A number for each answer, in their order; not yet weighted."""
         raise NotImplementedError
+
+    def check(self, asked: Answer) -> None:
+        """Raises a ``RowError`` if no answer to a row could be scored; called with each row, its text empty, before
+        training. Overriding it is optional."""
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """What ``score`` says, checked.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+from llm_modules.evaluation.rewards import Answer, Reward, RowError
 from llm_modules.zoo import Backbone
 from llm_modules.zoo.adapter_config import adapter_config, unmergeable
 
@@ -57,3 +58,16 @@ def _engine_problems(module: Any) -> list[str]:
     if backbone.adapter is not None and (reason := unmergeable(adapter_config(backbone.adapter))):
         found.append(f"the adapter is merged into what it takes, and this one cannot be: {reason}; use LoRA")
     return found
+
+
+def check_rows(data: Any, rewards: list[Reward]) -> None:
+    """Raises a ValueError, which names file and row, for a row of the data of which a reward can score no answer."""
+    asking = [reward for reward in rewards if type(reward).check is not Reward.check]
+    if not asking:
+        return
+    for origin, row, record in data.asked():
+        for reward in asking:
+            try:
+                reward.check(Answer(row=row, text="", **record))
+            except RowError as error:
+                raise ValueError(f"{origin}: reward {reward.name}: {error.problem}") from error

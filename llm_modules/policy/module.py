@@ -19,7 +19,7 @@ from llm_modules.generation import VLLM, Generator
 from llm_modules.logprobs import score_batch
 from llm_modules.objectives.policy import GRPO, PolicyObjective
 from llm_modules.policy.answers import VALIDATION, Group, Respondent
-from llm_modules.policy.checks import Reference, check_settings
+from llm_modules.policy.checks import Reference, check_rows, check_settings
 from llm_modules.policy.critics import Critics
 from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batch
 from llm_modules.strategies import spread
@@ -175,6 +175,7 @@ class PolicyModule(LLMModule):
         )
         if problems := [problem for holds, problem in checks if holds]:
             raise ValueError("; ".join(problems))
+        check_rows(data, self.all_rewards)
 
     def on_validation_start(self) -> None:
         self._start()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from recipes.__main__ import main
+from tests.unit.test_evaluation_rewards_contained import kernel_has_landlock
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """\
@@ -186,6 +187,36 @@ def test_rewards_that_fail_name_the_row(function: str, said: str, capfd: pytest.
     errors = capfd.readouterr().err
     assert said in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("reward", "row", "said"),
+    [
+        ("NumericAnswer", {"reference": "(3, 4)"}, "reward numeric_answer: no number in the reference '(3, 4)'"),
+        ("ExactAnswer", {"reference": None}, "reward exact_answer: it has no reference to compare with"),
+        ("CodeTests", {"test_list": ["assert ("]}, "reward code_tests: column 'test_list' is no Python"),
+    ],
+)
+@pytest.mark.parametrize("place", [3, 17])
+def test_a_row_that_no_reward_could_score_is_found_before_training(
+    reward: str, row: dict[str, Any], said: str, place: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if reward == "CodeTests" and not kernel_has_landlock():
+        pytest.skip("the kernel has no Landlock")
+    fine = [{"prompt": f"Say {i}.", "reference": i, "test_list": ["assert f() == 1"]} for i in range(20)]
+    fine[place] |= row
+    write(fine)
+    Path("rl.yaml").write_text(
+        RECIPE.replace(
+            "{class_path: llm_modules.evaluation.rewards.FunctionReward, init_args: {function: own_rewards.vowels}}",
+            f"{{class_path: llm_modules.evaluation.{reward}}}",
+        )
+    )
+    assert main(["fit", "-c", "rl", "--trainer.max_steps", "4"]) == 2
+    errors = capfd.readouterr().err
+    assert f"prompts.jsonl:{place + 1}: {said}" in errors
+    assert "Traceback" not in errors
+    assert not Path("runs/rl/0/metrics.csv").exists()
 
 
 def test_equal_rewards_are_said(recwarn: pytest.WarningsRecorder) -> None:

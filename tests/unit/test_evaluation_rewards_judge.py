@@ -16,6 +16,7 @@ import pytest
 
 from llm_modules.evaluation import Answer, JudgeReward
 from llm_modules.evaluation import judge as judge_module
+from llm_modules.evaluation.rewards import RowError
 
 KEY = "sk-very-secret"
 
@@ -306,6 +307,8 @@ def test_the_key_goes_to_no_other_host(endpoint: Endpoint, monkeypatch: pytest.M
 def test_a_template_names_what_is_there(endpoint: Endpoint) -> None:
     message = fails(endpoint, answer(level=1), template="{answer} {levle}")
     assert "row 3: the template names {levle}; there are: level, prompt, answer, reference" in message
+    with pytest.raises(RowError, match=r"row 3: the template names \{levle\}"):
+        JudgeReward(endpoint.url, "m", template="{answer} {levle}").check(answer(level=1))
     assert endpoint.seen == []
 
 
