@@ -226,6 +226,8 @@ class PolicyModule(LLMModule):
         if batch.update == 0 and batch.micro_step == 0:
             with self.whole.in_place(self), self.trainer.precision_plugin.forward_context():
                 self._hand_over()
+                self.seed_micro_step(0)  # for rewards with chance in them: what ran before changes nothing
+                np.random.seed(torch.randint(2**31, ()).item())
                 self._rollouts = self._roll_out(batch)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:

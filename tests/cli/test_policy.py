@@ -41,6 +41,9 @@ checkpoint: {every_n_steps: 3, keep_last: 30}
 """
 REWARDS = """\
 import math, random
+import numpy, torch
+def dice(answer):
+    return random.random() + numpy.random.random() + torch.rand(()).item()
 def vowels(answer):
     return sum(c in "aeiou" for c in answer.text) / max(1, answer.tokens)
 def same(answer):
@@ -94,6 +97,22 @@ def test_it_learns_and_goes_on_exactly_inside_of_an_iteration() -> None:
         again = [row for row in rows(run) if "train/loss" in row]
         for a, b in zip(again, [row for row in whole if "train/loss" in row][step:20], strict=True):
             assert a.items() ^ b.items() == set()
+
+
+def test_a_reward_with_chance_in_it_goes_on_exactly_too() -> None:
+    Path("rl.yaml").write_text(RECIPE.replace("own_rewards.vowels", "own_rewards.dice"))
+    assert main(["fit", "-c", "rl"]) == 0
+    assert main(["fit", "-c", "rl", "--trainer.val_check_interval", "4"]) == 0
+    assert (
+        main(["fit", "-c", "rl", "--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "24"]) == 0
+    )
+    assert main(["fit", "-c", "rl", "--ckpt_path", "runs/rl/0/checkpoints/step-00000003.ckpt"]) == 0
+    whole, validated, parts, again = (
+        [row["rollout/reward"] for row in rows(run) if "rollout/reward" in row] for run in range(4)
+    )
+    assert len({*whole}) == 3
+    assert whole == validated == parts
+    assert again == whole[3:]
 
 
 @pytest.mark.parametrize("overlay", [[], ["-c", "adapters/pissa"]], ids=["whole", "adapters"])
