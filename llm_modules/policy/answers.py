@@ -107,8 +107,8 @@ class Respondent:
         batch: PromptBatch,
         dealt: tuple[int, int],
         factor: int,
-    ) -> tuple[Rollouts, int]:
-        """The answers of an iteration, the same on every rank, and how many prompts were asked.
+    ) -> tuple[Rollouts, Rollouts]:
+        """The answers of an iteration, the same on every rank: those that are learned from, and all.
 
         Args:
             ask: answers to the prompts at some places.
@@ -120,11 +120,13 @@ class Respondent:
         """
         ranks, rank = dealt
         taken, asked = len(batch.prompts) // factor, 0
+        given: list[Group] = []
         kept: list[Group] = []
         while asked < len(batch.prompts) and len(kept) < taken:
             places = range(asked, min(asked + taken, len(batch.prompts)))
             mine = places[rank::ranks]
             groups = sorted((g for part in together(partial(ask, mine)) for g in part), key=lambda g: g[0])
+            given += groups
             kept += [g for g in groups if factor == 1 or len({answer.reward for answer in g[1]}) > 1]
             asked = places.stop
         if not kept:
@@ -132,12 +134,14 @@ class Respondent:
                 f"model.dynamic_sampling: to none of {asked} prompts did two answers have different rewards; set it to "
                 "1, or give prompts that are sometimes answered well"
             )
-        return _rollouts(batch, kept[:taken], bool(self.costs)), asked
+        return _rollouts(batch, kept[:taken], bool(self.costs)), _rollouts(batch, given, bool(self.costs))
 
-    def describe(self, rollouts: Rollouts, iteration: int, asked: int, compares: bool) -> dict[str, float]:
+    def describe(self, rollouts: Rollouts, iteration: int, kept: int, compares: bool) -> dict[str, float]:
         """Numbers to log; what hinders learning is said.
 
         Args:
+            rollouts: all answers, also those that are not learned from.
+            kept: prompts whose answers are learned from.
             compares: whether nothing can be learned where all answers to a prompt have the same reward.
         """
         same = float(constant_groups(rollouts.reward, rollouts.prompt_of).double().mean())
@@ -148,7 +152,8 @@ class Respondent:
             "tokens": float(rollouts.lengths.double().mean()),
             "finished": float(rollouts.finished.double().mean()),
             "constant_groups": same,
-            "prompts": float(asked),
+            "prompts": float(len(rollouts.prompts)),
+            "kept": float(kept),
             "entropy": float(-rollouts.sampled_logprobs.double().mean()),
         }
         if rollouts.cost is not None:

@@ -32,6 +32,10 @@ def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone |
             f"model.costs: {kind} holds a cost under a limit; give at least one of a weight that is not 0",
         ),
         ("cost" not in needed and bool(costs), f"model.costs: {kind} does not read them; use SafePPO"),
+        (
+            "cost" in needed and module.dynamic_sampling > 1,
+            f"model.dynamic_sampling: {kind} holds the mean cost of all answers; set it to 1",
+        ),
         (not needed and critic is not None, f"model.critic: {kind} has no critic; leave it out"),
         ("cost" not in needed and cost_critic is not None, f"model.cost_critic: {kind} has none"),
         (module.generator.strategy != "sample", f"model.generator: strategy {strategy} does not sample; use sample"),

@@ -45,7 +45,8 @@ class PolicyModule(LLMModule):
         epochs: times that each answer is learned from in an iteration.
         minibatches: optimizer steps in each of these.
         dynamic_sampling: so many times ``data.batch_size / dynamic_sampling`` prompts are at hand in an iteration: they
-            are answered until there are enough of which the rewards differ (arXiv 2503.14476); 1: all are taken.
+            are answered until there are enough of which the rewards differ (arXiv 2503.14476); 1: all are taken. The
+            others are not asked in this epoch. If fewer are found than ``minibatches``, some are in two of these steps.
         drop_unfinished: leave out answers that did not end by themselves.
         old_logprobs: of the policy that answered: ``recomputed`` as training computes them, or as they were in the
             ``rollout``, which saves a forward pass.
@@ -267,6 +268,7 @@ class PolicyModule(LLMModule):
             learned = learned[rollouts.finished[learned]]
         epoch, part = divmod(update, self.minibatches)
         order = np.random.default_rng([self.seed, self.iteration, epoch]).permutation(len(rollouts.prompts))
+        order = np.resize(order, max(len(order), self.minibatches))  # a step without a gradient would move by momentum
         prompts = torch.from_numpy(order).tensor_split(self.minibatches)[part]
         groups = [learned[rollouts.prompt_of[learned] == prompt] for prompt in prompts.tolist()]
         world, rank = self.replicas
@@ -299,10 +301,10 @@ class PolicyModule(LLMModule):
         def ask(places: Sequence[int]) -> list[Group]:
             return self._ask(batch, places, self.group_size, self.iteration)
 
-        rollouts, asked = self._respondent.roll_out(ask, batch, self._ranks, self.dynamic_sampling)
+        rollouts, given = self._respondent.roll_out(ask, batch, self._ranks, self.dynamic_sampling)
         self._score(rollouts)
         compares = self.group_size > 1 and not self.critics
-        self._facts = self._respondent.describe(rollouts, self.iteration, asked, compares)
+        self._facts = self._respondent.describe(given, self.iteration, len(rollouts.prompts), compares)
         self._facts |= {f"rollout/{name}": value for name, value in self.objective.prepare(rollouts).items()}
         return rollouts
 

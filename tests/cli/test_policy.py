@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,16 @@ def bad(answer):
     return 1 / (answer.row - answer.row)
 def nan(answer):
     return math.nan
-def cost(answer):
+def x(answer):
     return float("x" in answer.text)
 """
 PPO = "llm_modules.objectives.PPO"
+SAFE = """\
+model:
+  init_args:
+    objective: {class_path: llm_modules.objectives.SafePPO, init_args: {limit: 0.1}}
+    costs: [{class_path: llm_modules.evaluation.rewards.FunctionReward, init_args: {function: own_rewards.x}}]
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
     write([{"prompt": f"Say {i}.", "reference": i} for i in range(20)])
     Path("rl.yaml").write_text(RECIPE)
+    Path("safe.yaml").write_text(SAFE)
     Path("own_rewards.py").write_text(REWARDS)
     return tmp_path
 
@@ -133,11 +141,6 @@ def test_with_a_critic_it_goes_on_exactly_too(overlay: list[str]) -> None:
 
 
 def test_safe_rlhf_logs_what_it_holds() -> None:
-    Path("safe.yaml").write_text(
-        "model:\n  init_args:\n    objective: {class_path: llm_modules.objectives.SafePPO, init_args: {limit: 0.1}}\n"
-        "    costs: [{class_path: llm_modules.evaluation.rewards.FunctionReward,"
-        " init_args: {function: own_rewards.cost}}]\n"
-    )
     assert main(["fit", "-c", "rl", "-c", "safe", "--trainer.max_steps", "8"]) == 0
     found = [row for row in rows(0) if "train/loss" in row]
     assert float(found[0]["rollout/multiplier"]) == 1.0
@@ -149,8 +152,34 @@ def test_prompts_are_answered_until_enough_of_them_tell_something() -> None:
     words = ["--data.batch_size", "8", "--model.dynamic_sampling", "2", "--trainer.max_steps", "4"]
     assert main(["fit", "-c", "rl", *words]) == 0
     first = rows(0)[0]
-    assert float(first["rollout/constant_groups"]) == 0.0
+    assert float(first["rollout/kept"]) <= 4.0
     assert float(first["rollout/prompts"]) in (4.0, 8.0)
+
+
+def test_what_is_logged_is_of_all_answers_and_each_step_has_something_to_learn(tmp_path: Path) -> None:
+    """Of 15 prompts one has answers that differ, for two optimizer steps."""
+    Path("own_rewards.py").write_text(
+        REWARDS + "def rare(answer):\n    return float(answer.reference == '13' and sum(map(ord, answer.text)) % 2)\n"
+    )
+    Path("rl.yaml").write_text(RECIPE.replace("own_rewards.vowels", "own_rewards.rare"))
+    words = [
+        "--data.batch_size",
+        "15",
+        "--model.dynamic_sampling",
+        "3",
+        "--model.group_size",
+        "8",
+        "--model.optimizer.lr",
+        "1e-4",
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*to learn from")
+        assert main(["fit", "-c", "rl", *words, "--trainer.max_steps", "4"]) == 0
+    steps = [row for row in rows(0) if "train/loss" in row]
+    assert (steps[0]["rollout/prompts"], steps[0]["rollout/kept"]) == ("15.0", "1.0")
+    assert float(steps[0]["rollout/constant_groups"]) == pytest.approx(14 / 15)
+    assert 0 < float(steps[0]["rollout/reward"]) < 1 / 15
+    assert all(float(row["train/grad_norm"]) > 0 for row in steps)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +191,10 @@ def test_prompts_are_answered_until_enough_of_them_tell_something() -> None:
         (["--model.minibatches", "9"], "model.minibatches: 9 optimizer steps of 4 prompts"),
         (["--model.generator.max_new_tokens", "60"], "model.generator.max_new_tokens: 60, but a prompt of"),
         (["--model.objective", "llm_modules.objectives.SafePPO"], "model.costs: SafePPO holds a cost under a limit"),
+        (
+            ["-c", "safe", "--model.dynamic_sampling", "2"],
+            "model.dynamic_sampling: SafePPO holds the mean cost of all answers",
+        ),
         (["--data.batch_size", "64"], "data.batch_size: 64 prompts an iteration, but an epoch has 15"),
         (["--data.batch_size", "5", "--model.dynamic_sampling", "2"], "data.batch_size: 5 is no multiple"),
         (["--model.generator.strategy", "greedy"], "model.generator: strategy greedy does not sample"),
