@@ -10,6 +10,12 @@ from llm_modules.zoo.adapter_config import adapter_config, unmergeable
 
 Reference = Literal["auto", "base", "copy"]
 
+LOGGED = {
+    "loss", "reward", "cost", "reward_std", "tokens", "finished", "constant_groups", "prompts", "kept", "entropy",
+    "kl_weight", "multiplier", "over_limit", "explained_reward", "explained_cost",
+}  # fmt: skip
+"""What is logged beside the rewards, under ``rollout/`` or ``val/``."""
+
 
 def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone | None) -> None:
     """Raises a ValueError, of all of them. Arguments: a ``PolicyModule``, and the critics that it was given."""
@@ -30,6 +36,10 @@ def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone |
         (
             "cost" in needed and not any(cost.weight for cost in costs),
             f"model.costs: {kind} holds a cost under a limit; give at least one of a weight that is not 0",
+        ),
+        (
+            bool(taken := sorted(LOGGED & {*names})),
+            f"model.rewards: {', '.join(taken)} is logged besides; set another `name`",
         ),
         ("cost" not in needed and bool(costs), f"model.costs: {kind} does not read them; use SafePPO"),
         (

@@ -187,6 +187,10 @@ def test_what_is_logged_is_of_all_answers_and_each_step_has_something_to_learn(t
     [
         (["--model.rewards", "[]"], "model.rewards: none that counts"),
         (["--model.rewards.0.init_args.weight", "0"], "model.rewards: none that counts"),
+        (
+            ["--model.rewards.0.init_args.name", "entropy"],
+            "model.rewards: entropy is logged besides; set another `name`",
+        ),
         (["--model.group_size", "1"], "model.group_size: 1 is below 2"),
         (["--model.minibatches", "9"], "model.minibatches: 9 optimizer steps of 4 prompts"),
         (["--model.generator.max_new_tokens", "60"], "model.generator.max_new_tokens: 60, but a prompt of"),
