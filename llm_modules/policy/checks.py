@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, get_args
 
 from llm_modules.evaluation.rewards import Answer, Reward, RowError
+from llm_modules.generation import Generator
 from llm_modules.zoo import Backbone
 from llm_modules.zoo.adapter_config import adapter_config, unmergeable
 
@@ -15,6 +17,14 @@ LOGGED = {
     "kl_weight", "multiplier", "over_limit", "explained_reward", "explained_cost",
 }  # fmt: skip
 """What is logged beside the rewards, under ``rollout/`` or ``val/``."""
+UNREAD = {
+    "seed": "a policy samples by model.seed (seed_everything)",
+    "logprobs": "a policy always has the log-probabilities of its answers",
+    "too_long": "data.longest_prompt keeps prompts short enough",
+}
+"""Settings of a generator that are not read in training, only by ``predict``."""
+NARROWING = ("top_k", "top_p", "min_p", "repetition_penalty")
+"""Settings by which tokens are drawn from another distribution than the one that is trained."""
 
 
 def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone | None) -> None:
@@ -72,6 +82,37 @@ def _engine_problems(module: Any) -> list[str]:
     if backbone.adapter is not None and (reason := unmergeable(adapter_config(backbone.adapter))):
         found.append(f"the adapter is merged into what it takes, and this one cannot be: {reason}; use LoRA")
     return found
+
+
+def check_start(module: Any, data: Any) -> None:
+    """Raises a ValueError for data that the policy cannot learn from as it is set; says what is to be known of it."""
+    taken = data.batch_size // module.dynamic_sampling
+    checks = (
+        (
+            data.batch_size % module.dynamic_sampling > 0,
+            f"data.batch_size: {data.batch_size} is no multiple of model.dynamic_sampling {module.dynamic_sampling}",
+        ),
+        (
+            module.minibatches > taken,
+            f"model.minibatches: {module.minibatches} optimizer steps of {taken} prompts; each needs one at least",
+        ),
+    )
+    problems = [problem for holds, problem in checks if holds]
+    problems += [
+        f"model.generator.{name}: {getattr(module.generator, name)}, but {why}; leave it out"
+        for name, why in UNREAD.items()
+        if getattr(module.generator, name) != getattr(Generator, name)
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    check_rows(data, module.all_rewards)
+    narrowing = [name for name in NARROWING if getattr(module.generator, name) != getattr(Generator, name)]
+    if narrowing and module.trainer.is_global_zero:
+        warnings.warn(
+            f"model.generator.{', '.join(narrowing)}: answers are drawn from fewer or other tokens than the "
+            "probabilities that are trained are of: ratios and divergences are not those of what is drawn",
+            stacklevel=2,
+        )
 
 
 def check_rows(data: Any, rewards: list[Reward]) -> None:

@@ -19,7 +19,7 @@ from llm_modules.generation import VLLM, Generator
 from llm_modules.logprobs import score_batch
 from llm_modules.objectives.policy import GRPO, PolicyObjective
 from llm_modules.policy.answers import VALIDATION, Group, Respondent
-from llm_modules.policy.checks import Reference, check_rows, check_settings
+from llm_modules.policy.checks import Reference, check_settings, check_start
 from llm_modules.policy.critics import Critics
 from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batch
 from llm_modules.strategies import spread
@@ -162,21 +162,7 @@ class PolicyModule(LLMModule):
 
     def on_fit_start(self) -> None:
         self._start()
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        taken = data.batch_size // self.dynamic_sampling
-        checks = (
-            (
-                data.batch_size % self.dynamic_sampling > 0,
-                f"data.batch_size: {data.batch_size} is no multiple of model.dynamic_sampling {self.dynamic_sampling}",
-            ),
-            (
-                self.minibatches > taken,
-                f"model.minibatches: {self.minibatches} optimizer steps of {taken} prompts; each needs one at least",
-            ),
-        )
-        if problems := [problem for holds, problem in checks if holds]:
-            raise ValueError("; ".join(problems))
-        check_rows(data, self.all_rewards)
+        check_start(self, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_validation_start(self) -> None:
         self._start()
@@ -366,6 +352,7 @@ class PolicyModule(LLMModule):
             "rollouts": None if self._rollouts is None else self._rollouts.state(),
             "facts": self._facts,
             "critics": self.critics.state(),
+            "steps": [self.epochs, self.minibatches],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -374,6 +361,12 @@ class PolicyModule(LLMModule):
         if saved is None:
             raise ValueError("ckpt_path: a checkpoint of another kind of module; export it and name the folder instead")
         self.objective.load_state_dict(saved["objective"])
+        now = [self.epochs, self.minibatches]
+        if saved["rollouts"] is not None and (steps := saved.get("steps", now)) != now:
+            raise ValueError(
+                f"ckpt_path: made inside of an iteration of model.epochs {steps[0]} and minibatches {steps[1]}, now "
+                f"{now[0]} and {now[1]}; go on with the same, or from a checkpoint between two iterations"
+            )
         self._rollouts = None if saved["rollouts"] is None else Rollouts(**saved["rollouts"])
         self._facts = saved["facts"]
         self.critics.load_state(saved["critics"])

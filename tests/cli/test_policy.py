@@ -191,6 +191,9 @@ def test_what_is_logged_is_of_all_answers_and_each_step_has_something_to_learn(t
             ["--model.rewards.0.init_args.name", "entropy"],
             "model.rewards: entropy is logged besides; set another `name`",
         ),
+        (["--model.generator.seed", "7"], "model.generator.seed: 7, but a policy samples by model.seed"),
+        (["--model.generator.logprobs", "true"], "model.generator.logprobs: True, but a policy always has"),
+        (["--model.generator.too_long", "truncate"], "model.generator.too_long: truncate, but data.longest_prompt"),
         (["--model.group_size", "1"], "model.group_size: 1 is below 2"),
         (["--model.minibatches", "9"], "model.minibatches: 9 optimizer steps of 4 prompts"),
         (["--model.generator.max_new_tokens", "60"], "model.generator.max_new_tokens: 60, but a prompt of"),
@@ -311,4 +314,21 @@ def test_a_checkpoint_of_another_length_of_iteration_is_refused(capfd: pytest.Ca
     assert main(["fit", "-c", "rl", "--trainer.max_steps", "3"]) == 0
     checkpoint = "runs/rl/0/checkpoints/step-00000003.ckpt"
     assert main(["fit", "-c", "rl", "--model.epochs", "3", "--ckpt_path", checkpoint]) == 2
-    assert "the checkpoint's position belongs to other data" in capfd.readouterr().err
+    assert "made inside of an iteration of model.epochs 2 and minibatches 2, now 3 and 2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("epochs", "minibatches"), [("4", "1"), ("1", "4")])
+def test_an_iteration_is_not_cut_anew_inside_of_it(
+    epochs: str, minibatches: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "-c", "rl", "--trainer.max_steps", "6"]) == 0
+    words = ["fit", "-c", "rl", "--model.epochs", epochs, "--model.minibatches", minibatches]
+    assert main([*words, "--ckpt_path", "runs/rl/0/checkpoints/step-00000003.ckpt"]) == 2
+    said = "ckpt_path: made inside of an iteration of model.epochs 2 and minibatches 2, now"
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_k", "5"), ("top_p", "0.9"), ("repetition_penalty", "1.2")])
+def test_what_narrows_the_draw_is_said(name: str, value: str, recwarn: pytest.WarningsRecorder) -> None:
+    assert main(["fit", "-c", "rl", "--trainer.max_steps", "4", f"--model.generator.{name}", value]) == 0
+    assert sum(f"model.generator.{name}: answers are drawn from" in str(w.message) for w in recwarn) == 1
