@@ -25,7 +25,7 @@ from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batc
 from llm_modules.strategies import spread
 from llm_modules.strategies.together import together
 from llm_modules.zoo import Backbone, CausalLM
-from llm_modules.zoo.reference import as_reference, needs_copy, place_frozen
+from llm_modules.zoo.reference import as_reference, check_identity, identity, needs_copy, place_frozen
 
 
 class PolicyModule(LLMModule):
@@ -104,6 +104,7 @@ class PolicyModule(LLMModule):
         self.critics = Critics(dict(own[name] for name in self.objective.critics))
         # In a tuple, so that it is no submodule: neither trained, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
+        self._copied = ""
         self._rollouts: Rollouts | None = None
         self._micro_batches: list[PolicyBatch] = []
         self._facts: dict[str, float] = {}
@@ -144,6 +145,7 @@ class PolicyModule(LLMModule):
         assert self.model is not None
         if self.objective.needs_reference and needs_copy(self.backbone.adapter, self.reference):
             self._copy = (self.backbone.build(**built).requires_grad_(False).eval(),)
+            self._copied = identity(self._copy[0])
             self._set_temperature(self._copy[0])
         models: list[Any] = [self.model, *self.critics]
         apart = "padded" if any(model.packing_problem for model in models) else "packed"
@@ -353,6 +355,7 @@ class PolicyModule(LLMModule):
             "facts": self._facts,
             "critics": self.critics.state(),
             "steps": [self.epochs, self.minibatches],
+            "reference": self._copied or None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -360,6 +363,8 @@ class PolicyModule(LLMModule):
         saved = checkpoint[CHECKPOINT_KEY].get("policy")
         if saved is None:
             raise ValueError("ckpt_path: a checkpoint of another kind of module; export it and name the folder instead")
+        if self._copied:
+            check_identity(saved.get("reference"), self._copied)
         self.objective.load_state_dict(saved["objective"])
         now = [self.epochs, self.minibatches]
         if saved["rollouts"] is not None and (steps := saved.get("steps", now)) != now:

@@ -12,6 +12,7 @@ from torch import Tensor
 from llm_modules.zoo.adapter_config import adapter_config, is_folder, keeps_base, kind_of
 from llm_modules.zoo.causal_lm import CausalLM
 from llm_modules.zoo.estimate import narrowed_layers
+from llm_modules.zoo.weights import weights_digest
 
 
 def needs_copy(adapter: dict[str, Any] | str | None, wanted: str) -> bool:
@@ -40,6 +41,21 @@ def needs_copy(adapter: dict[str, Any] | str | None, wanted: str) -> bool:
             "what it begins as; set copy for that"
         )
     return wanted != "base" and (wanted != "auto" or is_folder(adapter))
+
+
+def identity(copy: CausalLM) -> str:
+    """Of a frozen copy, before it is placed: what its weights are, for the checkpoint."""
+    return f"{copy.hf.get_input_embeddings().weight.dtype} {weights_digest(copy)}"
+
+
+def check_identity(saved: str | None, copy: str, key: str = "model.backbone.source") -> None:
+    """Raises a ValueError for another copy than the checkpoint was made with; the key says where it comes from.
+    Copies in two precisions are not compared; older checkpoints name none."""
+    if saved is not None and saved != copy and saved.split()[0] == copy.split()[0]:
+        raise ValueError(
+            "ckpt_path: the frozen model that this one is compared with is another one than when the run began: "
+            f"{key} was changed since; put it back, or export the checkpoint and begin a new run from it"
+        )
 
 
 def place_frozen(copy: CausalLM, trainer: Any, device: torch.device) -> None:

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from llm_modules.language_model import LanguageModelModule
+from llm_modules.zoo import Backbone
 from recipes.__main__ import main
+from tests.parity.test_trl_sft import LLAMA
 from tests.unit.test_evaluation_rewards_contained import kernel_has_landlock
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +82,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(rows: list[dict[str, Any]]) -> None:
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_base(folder: str, seed: int) -> None:
+    module = LanguageModelModule(Backbone(config=LLAMA), sequence_length=64, seed=seed)
+    module.configure_model()
+    module.export(folder)
 
 
 def rows(run: int, leave_out: tuple[str, ...] = ("time", "throughput/", "memory/")) -> list[dict[str, str]]:
@@ -332,3 +341,19 @@ def test_an_iteration_is_not_cut_anew_inside_of_it(
 def test_what_narrows_the_draw_is_said(name: str, value: str, recwarn: pytest.WarningsRecorder) -> None:
     assert main(["fit", "-c", "rl", "--trainer.max_steps", "4", f"--model.generator.{name}", value]) == 0
     assert sum(f"model.generator.{name}: answers are drawn from" in str(w.message) for w in recwarn) == 1
+
+
+def test_a_run_does_not_go_on_against_another_reference(capfd: pytest.CaptureFixture[str]) -> None:
+    write_base("base", seed=1)
+    begin, end = RECIPE.index("config: {"), RECIPE.index("    rewards:")
+    Path("rl.yaml").write_text(RECIPE[:begin] + "source: base\n" + RECIPE[end:])
+    words = ["fit", "-c", "rl", "--model.objective", "llm_modules.objectives.GRPO", "--model.objective.kl", "0.1"]
+    assert main([*words, "--trainer.max_steps", "8"]) == 0
+    words += ["--ckpt_path", "runs/rl/0/checkpoints/step-00000006.ckpt", "--trainer.max_steps", "8"]
+    assert main(words) == 0
+    whole, again = ([row for row in rows(run) if "train/loss" in row] for run in range(2))
+    assert again == whole[6:]
+    write_base("base", seed=2)
+    assert main(words) == 2
+    assert "ckpt_path: the frozen model that this one is compared with is another one" in capfd.readouterr().err
+    assert main([*words, "--model.objective.kl", "0"]) == 0  # without a reference it may
