@@ -9,14 +9,14 @@ from typing import Any, Literal, get_args
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from llm_modules.base import LLMModule
+from llm_modules.base import CHECKPOINT_KEY, LLMModule
 from llm_modules.batch import ObjectiveOutput, PreferenceBatch, TaughtBatch, Teaching, TokenBatch
 from llm_modules.generation import Generator
 from llm_modules.logprobs import score_batch
 from llm_modules.objectives.distillation import DistillationObjective, ForwardKL
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone, CausalLM
-from llm_modules.zoo.reference import as_reference, base_logits, needs_copy, place_frozen
+from llm_modules.zoo.reference import as_reference, base_logits, check_identity, identity, needs_copy, place_frozen
 
 Reference = Literal["auto", "base", "copy"]
 
@@ -67,6 +67,7 @@ class DistillationModule(LLMModule):
         self.generator = generator or Generator()
         # In a tuple, so that it is no submodule: neither trained, nor spread, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
+        self._copied = ""
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -81,6 +82,7 @@ class DistillationModule(LLMModule):
             frozen = self.teacher or self.backbone
             copy = frozen.build(sequence_length=self.sequence_length, **self._built_with())
             self._copy = (copy.requires_grad_(False).eval(),)
+            self._copied = identity(copy)
 
     def check_before_training(self, data: Any, precision: str) -> None:
         """Find out before weights are loaded whether student, teacher and data go together.
@@ -154,3 +156,13 @@ class DistillationModule(LLMModule):
         logits = copy.logits if copy is not None else partial(base_logits, self.model)
         teaching = Teaching(hidden, logits, self.objective.compare)
         return self.objective(score_batch(self.model, batch, teaching=teaching))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["reference"] = self._copied or None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self._copied:
+            key = "model.backbone.source" if self.teacher is None else "model.teacher.source"
+            check_identity(checkpoint[CHECKPOINT_KEY].get("reference"), self._copied, key)

@@ -26,7 +26,7 @@ from llm_modules.logprobs import score_batch, sums_by_answer
 from llm_modules.objectives.labelled import LabelledObjective
 from llm_modules.objectives.preference import DPO, PreferenceObjective
 from llm_modules.zoo import Backbone, CausalLM
-from llm_modules.zoo.reference import as_reference, needs_copy, place_frozen, still
+from llm_modules.zoo.reference import as_reference, check_identity, identity, needs_copy, place_frozen, still
 from llm_modules.zoo.weights import weights_digest
 
 Reference = Literal["auto", "base", "copy", "cached"]
@@ -85,6 +85,7 @@ class PreferenceModule(LLMModule):
         self.generator = generator or Generator()
         # In a tuple, so that it is no submodule: neither trained, nor spread, nor in a checkpoint.
         self._copy: tuple[CausalLM, ...] = ()
+        self._copied = ""
         self._cached: tuple[Any, Tensor] | None = None  # the DataModule, and what the reference says of its rows
         self._point: Tensor | float = 0.0
         self._rewards: Tensor | None = None
@@ -98,6 +99,7 @@ class PreferenceModule(LLMModule):
             return
         if needs_copy(self.backbone.adapter, self.reference):
             self._copy = (self._frozen(),)
+            self._copied = identity(self._copy[0])
 
     def _frozen(self) -> CausalLM:
         """The model as it begins."""
@@ -289,11 +291,14 @@ class PreferenceModule(LLMModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["reference"] = self._copied or None
         if isinstance(self.objective, LabelledObjective):
             checkpoint[CHECKPOINT_KEY]["objective"] = self.objective.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        if self._copied:
+            check_identity(checkpoint[CHECKPOINT_KEY].get("reference"), self._copied)
         if isinstance(self.objective, LabelledObjective) and "objective" in checkpoint[CHECKPOINT_KEY]:
             self.objective.load_state(checkpoint[CHECKPOINT_KEY]["objective"])
 

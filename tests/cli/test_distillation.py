@@ -60,13 +60,13 @@ def column(run: int, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def teacher() -> list[str]:
+def teacher(seed: int = 8) -> list[str]:
     """A model of another seed and size; the words that name it."""
     from llm_modules.language_model import LanguageModelModule
     from llm_modules.zoo import Backbone
     from tests.invariance.gradients import LLAMA
 
-    module = LanguageModelModule(Backbone(config=LLAMA), sequence_length=128, seed=8)
+    module = LanguageModelModule(Backbone(config=LLAMA), sequence_length=128, seed=seed)
     module.configure_model()
     assert module.model is not None
     for parameter in module.model.parameters():
@@ -75,7 +75,9 @@ def teacher() -> list[str]:
     return ["--model.teacher.source", "teacher"]
 
 
-def test_a_student_learns_from_its_teacher_goes_on_exactly_and_leaves_a_model() -> None:
+def test_a_student_learns_from_its_teacher_goes_on_exactly_and_leaves_a_model(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     from transformers import AutoModelForCausalLM
 
     words = teacher()
@@ -88,6 +90,9 @@ def test_a_student_learns_from_its_teacher_goes_on_exactly_and_leaves_a_model() 
     (checkpoint,) = Path("runs/kd/0/checkpoints").glob("step-*6.ckpt")
     assert main(["fit", "-c", "kd", *words, "--ckpt_path", str(checkpoint)]) == 0
     assert column(1, "train/loss") == column(0, "train/loss")[6:]
+    teacher(seed=9)
+    assert main(["fit", "-c", "kd", *words, "--ckpt_path", str(checkpoint)]) == 2
+    assert "another one than when the run began: model.teacher.source was changed" in capfd.readouterr().err
 
 
 def test_a_preprompt_is_taken_in_with_and_without_an_adapter(capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from recipes.__main__ import main
+from tests.cli.test_policy import write_base
 
 RECIPE = """\
 tokenizer: builtin:bytes
@@ -144,3 +145,19 @@ def test_mistakes(
     assert len(said) == 1, said
     assert line in said[0]
     assert not list(Path("runs").rglob("metrics.csv"))
+
+
+def test_a_run_does_not_go_on_against_another_reference(capfd: pytest.CaptureFixture[str]) -> None:
+    write_base("base", seed=1)
+    begin, end = RECIPE.index("config: {"), RECIPE.index("    optimizer:")
+    Path("dpo.yaml").write_text(RECIPE[:begin] + "source: base\n" + RECIPE[end:])
+    words = ["fit", "-c", "dpo", "--trainer.max_steps", "8"]
+    assert main(words) == 0
+    (checkpoint,) = Path("runs/dpo/0/checkpoints").glob("step-*6.ckpt")
+    words += ["--ckpt_path", str(checkpoint)]
+    assert main(words) == 0
+    assert column(1, "train/loss") == column(0, "train/loss")[6:]
+    write_base("base", seed=2)
+    assert main(words) == 2
+    assert "ckpt_path: the frozen model that this one is compared with is another one" in capfd.readouterr().err
+    assert main([*words, "--model.objective", "llm_modules.objectives.ORPO"]) == 0  # it has no reference
