@@ -140,8 +140,9 @@ def whole_summary(
         frozen += sum(getattr(reward, "stored_bytes", 0) for reward in module.all_rewards)
         for critic in module.critics.backbones.values():
             memory = memory.beside(critic.summary(**known, **training, scalar=True).memory)
-        config = module.backbone.final_config(**{name: known[name] for name in known if name != "tokens"})
-        cache = cache_bytes(config, *answers_together(module, data, devices), known["precision"])
+        if module.engine is None:  # else it has them, in the share of the device that it is given
+            config = module.backbone.final_config(**{name: known[name] for name in known if name != "tokens"})
+            cache = cache_bytes(config, *answers_together(module, data, devices), known["precision"])
     return replace(summary, memory=replace(memory, frozen=frozen, cache=cache))
 
 

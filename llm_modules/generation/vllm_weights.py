@@ -35,32 +35,30 @@ def plain_model(model: Any) -> PreTrainedModel:
     return merged
 
 
-def write_untied(hf: PreTrainedModel, folder: Path, scale: float = 1.0) -> None:
+def write_untied(hf: PreTrainedModel, folder: Path, scale: float = 1.0, shard: str = "5GB") -> None:
     """An ordinary model folder, in which a head that shares the embeddings' weights has a copy of them: of a shared one
-    vLLM keeps what it had.
+    vLLM keeps what it had. (transformers' own ``save_pretrained`` writes on the first rank only, and each rank has an
+    engine.)
 
     Args:
         scale: all weights are multiplied by it.
+        shard: most of them in a file.
     """
-    from transformers.utils import logging
+    from huggingface_hub import save_torch_state_dict
+    from transformers.core_model_loading import revert_weight_conversion
 
-    weights: dict[str, Any] = hf.state_dict()
+    weights = {name: tensor.detach() for name, tensor in hf.state_dict().items()}
     if scale != 1:
         weights = {name: tensor * scale if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    head: Any = hf.get_output_embeddings()
-    name = next(name for name, module in hf.named_modules() if module is head) + ".weight"
-    if tied := hf.config.tie_word_embeddings:
+    if hf.config.tie_word_embeddings:
+        head: Any = hf.get_output_embeddings()
+        name = next(name for name, module in hf.named_modules() if module is head) + ".weight"
         weights[name] = weights[name].clone()
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # each iteration would show one
-    try:
-        hf.save_pretrained(folder, state_dict=weights)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    if tied:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
+    save_torch_state_dict(revert_weight_conversion(hf, weights), folder, max_shard_size=shard)
+    hf.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"architectures": [type(hf).__name__], "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def computed_in(model: Any) -> str:

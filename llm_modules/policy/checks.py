@@ -73,7 +73,7 @@ def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone |
 
 
 def _engine_problems(module: Any) -> list[str]:
-    engine, backbone = module._respondent.engine, module.backbone
+    engine, backbone = module.engine, module.backbone
     if engine is None:
         return []
     found = [problem for problem in (engine.problem(module.generator),) if problem is not None]

@@ -97,6 +97,7 @@ class PolicyModule(LLMModule):
         self.dynamic_sampling, self.drop_unfinished = dynamic_sampling, drop_unfinished
         self.old_logprobs = old_logprobs
         self.generator = generator or Generator(strategy="sample", max_new_tokens=sequence_length // 2, batch_size=64)
+        self.engine = engine
         self._respondent = Respondent(self.generator, rewards, costs or [], seed, engine)
         self.reference = reference
         check_settings(self, critic, cost_critic)
@@ -178,12 +179,12 @@ class PolicyModule(LLMModule):
     on_test_start, on_test_end = on_validation_start, on_validation_end
 
     def teardown(self, stage: str) -> None:
-        if (engine := self._respondent.engine) is not None:
-            engine.close()
+        if self.engine is not None:
+            self.engine.close()
 
     def _hand_over(self) -> None:
         """The weights as they are now, to the engine; all ranks call it."""
-        if (engine := self._respondent.engine) is not None:
+        if (engine := self.engine) is not None:
             together(lambda: engine.take(self.model, self.tokenizer, self.generator, self.sequence_length))
 
     def _start(self) -> None:

@@ -215,7 +215,7 @@ def test_a_policy_learns_from_its_answers_and_goes_on_exactly(tmp_path: Path) ->
     # The first step of each iteration learns from answers of the weights that it has.
     assert max(watched.differences[::2]) < 1e-5
     assert max(watched.differences[1::2]) > 0.01  # the second from those that it had
-    assert whole._respondent.engine._process is None  # ended with the run
+    assert whole.engine._process is None  # ended with the run
     resumed, rest = fit(tmp_path, ckpt=checkpoint)
     assert rest.answers[-1] == watched.answers[-1]
     for name, tensor in whole.state_dict().items():

@@ -17,6 +17,7 @@ from llm_modules.generation import VLLM, Generator
 from llm_modules.generation.vllm_weights import write_untied
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone
+from tests.ranks import run_program
 
 BOTTLENECK = {"class_path": "llm_modules.zoo.bottleneck.BottleneckConfig", "init_args": {"size": 4}}
 TINY = {
@@ -86,10 +87,7 @@ def test_a_shared_head_goes_over_as_its_own(tied: bool, shards: int, tmp_path: P
     config = {key: value for key, value in TINY.items() if key != "model_type"} | {"tie_word_embeddings": tied}
     model = LlamaForCausalLM(LlamaConfig(**config))
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    save = model.save_pretrained
-    if shards > 1:
-        model.save_pretrained = lambda folder, **given: save(folder, max_shard_size="20KB", **given)  # type: ignore[method-assign]
-    write_untied(model, tmp_path, 0.5)
+    write_untied(model, tmp_path, 0.5, "20KB" if shards > 1 else "5GB")
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
     index = tmp_path / "model.safetensors.index.json"
     assert index.is_file() == (shards > 1)
@@ -103,3 +101,21 @@ def test_a_shared_head_goes_over_as_its_own(tied: bool, shards: int, tmp_path: P
     opened = LlamaForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(opened.lm_head.weight, model.lm_head.weight * 0.5)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
+
+
+def write_own(folder: str) -> None:
+    """Of each rank, the weights for its engine."""
+    torch.distributed.init_process_group("gloo")
+    model = Backbone(config=TINY).build(tokenizer=load_tokenizer("builtin:bytes"), sequence_length=32, seed=0)
+    own = Path(folder) / f"of rank {torch.distributed.get_rank()}"
+    own.mkdir()
+    write_untied(model.hf, own)
+    torch.distributed.destroy_process_group()
+
+
+def test_each_rank_hands_its_weights_over(tmp_path: Path) -> None:
+    run_program("tests.unit.test_generation_vllm:write_own", str(tmp_path), folder=tmp_path, timeout=300)
+    first, second = (load_file(tmp_path / f"of rank {rank}" / "model.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "of rank 1" / "config.json").is_file()
