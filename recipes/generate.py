@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_argument_group("what to answer (nothing: talk)")
     what.add_argument("--prompt", metavar="TEXT", help="answer this, on standard output")
-    what.add_argument("--file", metavar="JSONL", help="answer each row: its `prompt` (text or messages) or `messages`")
+    what.add_argument(
+        "--file",
+        metavar="JSONL",
+        help="answer each row: its `prompt` (text or messages) or `messages`, under its `system` message",
+    )
     what.add_argument("--out", metavar="JSONL", help="where the answers to --file go; rows that are there are kept")
     what.add_argument("--column", metavar="NAME", help="the column of --file that holds the prompt")
     what.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each row of --file (default: 1)")

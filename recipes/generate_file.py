@@ -16,6 +16,7 @@ from recipes.errors import UserError
 from recipes.yaml_tree import display
 
 if TYPE_CHECKING:
+    from llm_modules.data.sources import Row
     from llm_modules.generation import Completion, Generator, Prompt
 
 NOT_THE_ANSWER = ("batch_size",)
@@ -89,29 +90,34 @@ class FileJob:
             raise UserError(f"--out {self.out}: the same file as --file")
         for row in read_file(self.source, "jsonl", None):
             place = f"{display(self.source)}:{row.number}"
-            prompt, reference = self._prompt(row.columns, place)
+            prompt, reference = self._prompt(row, place)
             self.prompts += [prompt] * self.samples
             self.references += [reference] * self.samples
         if not self.prompts:
             raise UserError(f"--file {self.source}: the file is empty")
 
-    def _prompt(self, columns: dict[str, Any], place: str) -> tuple[Prompt, str | None]:
+    def _prompt(self, row: Row, place: str) -> tuple[Prompt, str | None]:
+        from llm_modules.data.chat import with_system
+
+        columns = row.columns
         names = [self.column] if self.column else ["prompt", "messages"]
         name = next((name for name in names if name in columns), None)
         if name is None:
             there = ", ".join(map(str, columns)) or "none"
             raise UserError(f"{place}: no column {' or '.join(names)}; there are: {there}; name one with --column")
         value = columns[name]
+        row = row._replace(columns={other: said for other, said in columns.items() if other != name})
         if isinstance(value, str):
-            return value, None
+            talk = with_system(row, [{"role": "user", "content": value}])
+            return value if len(talk) == 1 else talk, None
         good = isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)
         if not good:
             raise UserError(f"{place}: column {name} must hold text, or messages with role and content")
         if value[-1]["role"] != "assistant":
-            return value, None
+            return with_system(row, value), None
         if len(value) == 1:
             raise UserError(f"{place}: the conversation starts with the assistant; there is nothing to answer")
-        return value[:-1], str(value[-1].get("content"))
+        return with_system(row, value[:-1]), str(value[-1].get("content"))
 
     def check_rows(self, models: list[Path | str], generator: Generator, args: dict[str, Any]) -> None:
         """Finds the rows that ``out`` already has; nothing is written yet.
@@ -175,7 +181,10 @@ class FileJob:
             prompt = self._asked(place)
             if not chat and not isinstance(prompt, str):
                 number = place // self.samples
-                raise UserError(f"row {number} of {display(self.source)}: messages need a chat template (and no --raw)")
+                raise UserError(
+                    f"row {number} of {display(self.source)}: messages, a system message too, need a chat template "
+                    "(and no --raw)"
+                )
             prompts.append(as_prompt(prompt, chat, None) if isinstance(prompt, str) else prompt)
         if preprompt is not None:
             talks = [prompt for prompt in prompts if not isinstance(prompt, str)]

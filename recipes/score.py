@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="JSONL",
-        help="rows with `prompt` (text or messages) and `completion`",
+        help="rows with `prompt` (text or messages) and `completion`, and, if there is one, a `system` message",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="JSONL", help="where the rows go; written whole")
     parser.add_argument(
@@ -98,6 +98,7 @@ def read_rows(file: Path, flag: str = "--file") -> tuple[list[tuple[str, Row]], 
     Raises:
         UserError: no prompt or no answer in a row.
     """
+    from llm_modules.data.chat import with_system
     from llm_modules.data.readers import read_file
 
     rows, talks = [], []
@@ -111,8 +112,11 @@ def read_rows(file: Path, flag: str = "--file") -> tuple[list[tuple[str, Row]], 
             raise UserError(
                 f"{place}: a row needs `prompt` (text or messages) and `completion` (text); there are: {there}"
             )
+        for message in prompt:
+            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+                raise UserError(f"{place}: a message of the prompt has no role or no content: {message!r:.80}")
         rows.append((place, columns))
-        talks.append([*prompt, {"role": "assistant", "content": answer}])
+        talks.append([*with_system(row, prompt), {"role": "assistant", "content": answer}])
     if not rows:
         raise UserError(f"{flag} {file}: the file is empty")
     return rows, talks

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llm_modules.data.chat import with_system
 from llm_modules.data.masks import renderer
 from llm_modules.data.sources import Row
 from llm_modules.data.store import Encoded
@@ -20,8 +21,8 @@ Message = dict[str, Any]
 
 
 def prompt_record(row: Row, instruction: str | None = None) -> dict[str, Any]:
-    """The prompt of a row: ``prompt`` (text), or ``messages`` that end with what is answered; the known answer, if
-    any, in ``reference`` (text or number); all of its columns.
+    """The prompt of a row: ``prompt`` (text), or ``messages`` that end with what is answered, under the row's
+    ``system`` message; the known answer, if any, in ``reference`` (text or number); all of its columns.
 
     Args:
         instruction: a system message that is put in front; None: none.
@@ -49,6 +50,7 @@ def prompt_record(row: Row, instruction: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{row.origin}: a message of the prompt has no role or no content: {lacking[0]!r:.80}")
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{row.origin}: the prompt ends with the assistant; it must end with what is answered")
+    messages = with_system(row, messages)
     if instruction:
         if messages[0]["role"] == "system":
             raise ValueError(f"{row.origin}: the prompt has a system message, and data.instruction would be another")

@@ -227,6 +227,26 @@ def test_rows_hold_the_system_message_under_which_they_were_answered(folder, ope
     assert out.read_bytes() == whole
 
 
+def test_a_row_may_have_its_own_system_message(folder, opened, tmp_path, capsys):
+    rows = [{"prompt": "alpha", "system": "be terse"}, {"messages": user("beta"), "system": "be terse"}]
+    write_rows(tmp_path / "in.jsonl", [*rows, {"prompt": "gamma"}])
+    out = tmp_path / "out.jsonl"
+    command = ["generate", "-m", folder, "--file", str(tmp_path / "in.jsonl"), "--out", str(out)]
+    command += ["--max_new_tokens", "8"]
+    assert main([*command, "--system", "be kind"]) == 0
+    found, terse = read_rows(out), {"role": "system", "content": "be terse"}
+    prompts = [[terse, *user("alpha")], [terse, *user("beta")], [{"role": "system", "content": "be kind"}]]
+    prompts[2] += user("gamma")
+    assert [row["prompt"] for row in found] == prompts
+    expected = Generator(max_new_tokens=8).generate(*opened, prompts)
+    assert [row["completion"] for row in found] == [c.text for c in expected]
+    capsys.readouterr()
+    out.unlink()
+    assert main([*command, "--raw"]) == 2
+    assert "in.jsonl: messages, a system message too, need a chat template (and no --raw)" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_answers_of_another_job_are_not_touched(folder, tmp_path, capsys):
     write_rows(tmp_path / "in.jsonl", ROWS)
     out = tmp_path / "out.jsonl"

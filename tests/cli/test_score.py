@@ -112,6 +112,22 @@ def test_answers_to_a_prompt_need_not_be_neighbours() -> None:
     assert [row["of"] for row in rows("apart-best.jsonl")] == [6, 6]
 
 
+def test_a_row_may_have_its_own_system_message() -> None:
+    asked, short = {"role": "user", "content": "two"}, {"role": "system", "content": "be short"}
+    found = [
+        {"prompt": [short, asked], "completion": "a"},
+        {"prompt": "two", "system": "be short", "completion": "a"},
+        {"prompt": [asked], "system_prompt": "be short", "completion": "a"},
+        {"prompt": "two", "completion": "a"},
+    ]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    assert score() == 0
+    one, two, three, without = (row["score"] for row in rows("out.jsonl"))
+    assert one == pytest.approx(two, abs=1e-6) == pytest.approx(three, abs=1e-6) != pytest.approx(without, abs=1e-4)
+    assert score("--keep", "best", out="best.jsonl") == 0
+    assert [(row["of"], row["messages"][0]) for row in rows("best.jsonl")] == [(3, short), (1, asked)]
+
+
 def test_scores_that_are_not_finite_are_not_written(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -199,6 +215,7 @@ def test_prompts_with_nothing_to_choose_between_are_counted(capsys: pytest.Captu
         ({"source": "none.jsonl"}, "--file none.jsonl: no such file"),
         ({"source": "empty.jsonl"}, "--file empty.jsonl: the file is empty"),
         ({"source": "prompts.jsonl"}, "prompts.jsonl:1: a row needs `prompt` (text or messages) and `completion`"),
+        ({"source": "odd.jsonl"}, "odd.jsonl:1: a message of the prompt has no role or no content: {'role': 'user'}"),
         ({"source": "long.jsonl"}, "tokens, more than the reward model's"),
         ({"out": "prompts.jsonl"}, "--out prompts.jsonl: is there; name another file, or --overwrite"),
         ({"words": ["--keep", "above"]}, "--above SCORE goes with --keep above"),
@@ -211,6 +228,7 @@ def test_prompts_with_nothing_to_choose_between_are_counted(capsys: pytest.Captu
 def test_mistakes_are_one_line(words: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("answers.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     Path("empty.jsonl").write_text("")
+    Path("odd.jsonl").write_text(json.dumps({"prompt": [{"role": "user"}], "completion": "b"}) + "\n")
     Path("long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 5000}) + "\n")
     assert score(*words.pop("words", []), **words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("recipes: ")]

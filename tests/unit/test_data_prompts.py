@@ -59,6 +59,25 @@ def test_a_prompt_ends_where_the_assistant_begins(tmp_path: Path) -> None:
     assert len({*batch.rows}) == 4
 
 
+def test_a_row_may_have_its_own_system_message(tmp_path: Path) -> None:
+    own, talk = {"role": "system", "content": "be kind"}, [{"role": "user", "content": "two"}]
+    rows = [
+        {"prompt": "one", "system": "be terse"},
+        {"messages": talk, "system_prompt": "be terse"},
+        {"prompt": [own, *talk], "system": "be terse"},
+        {"prompt": "one", "system": ""},
+    ]
+    batch = next(iter(module(tmp_path, rows).train_dataloader()))
+    terse = {"role": "system", "content": "be terse"}
+    asked = [[terse, {"role": "user", "content": "one"}], [terse, *talk], [own, *talk]]
+    found = [batch.records[batch.rows.index(number)]["prompt"] for number in range(4)]
+    assert found == [*asked, [{"role": "user", "content": "one"}]]
+    with pytest.raises(ValueError, match=r"prompts.jsonl:1: the prompt has a system message, and data.instruction"):
+        module(tmp_path, rows, instruction="Be brief.")
+    with pytest.raises(ValueError, match=r"prompts.jsonl:1: column 'system' must be a string, not int"):
+        module(tmp_path, [{"prompt": "one", "system": 3}])
+
+
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 3), (2, 2)])
 def test_every_rank_and_micro_batch_is_given_all_prompts_of_an_iteration(
     world: int, accumulate: int, tmp_path: Path
