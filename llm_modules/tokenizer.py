@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from llm_modules.folders import local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,14 +25,15 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     from transformers import AutoTokenizer
 
-    is_path = source.startswith((".", "/", "~")) or Path(source).exists() or source.count("/") > 1
-    if is_path and not Path(source).expanduser().is_dir():
-        raise ValueError(
-            f"tokenizer: no folder {source!r}; allowed: a folder with tokenizer files (make one with "
-            f"`recipes prepare tokenizer`), a hub id, or {BYTES!r}"
-        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(source).expanduser()) if is_path else source)
+        folder = local_folder(source)
+    except ValueError as error:
+        raise ValueError(
+            f"tokenizer: {error}; allowed: a folder with tokenizer files (make one with `recipes prepare tokenizer`), "
+            f"a hub id, or {BYTES!r}"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder or source))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"tokenizer: cannot open {source!r}: {reason}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm_modules.evaluation.rows import nearest
+from llm_modules.folders import local_folder
 
 
 def open_classifier(source: str, label: str, source_key: str, label_key: str) -> tuple[Any, Any, int]:
@@ -21,8 +22,9 @@ def open_classifier(source: str, label: str, source_key: str, label_key: str) ->
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(source, use_safetensors=True).eval()
+        opened = str(local_folder(source) or source)
+        tokenizer = AutoTokenizer.from_pretrained(opened)
+        model = AutoModelForSequenceClassification.from_pretrained(opened, use_safetensors=True).eval()
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{source_key}: {source!r} cannot be opened as a classifier: {reason}") from error

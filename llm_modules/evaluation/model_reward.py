@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm_modules.evaluation.rewards import Answer, Reward, RowError, each
+from llm_modules.folders import local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ class ModelReward(Reward):
     is in evaluation mode, has no gradients, and is in nobody's state dict. ``recipes score`` gives the same numbers.
 
     Args:
-        model: folder (as ``RewardModule`` exports) or hub id of a classifier with one label.
+        model: folder (as ``RewardModule`` exports), its run, or hub id of a classifier with one label.
         batch_size: conversations at once; the longest of all go first, so that memory suffices or fails at once.
         dtype: of its weights; `auto`: as they are stored.
         weight: as of ``Reward``.
@@ -42,7 +43,10 @@ class ModelReward(Reward):
         super().__init__(weight, name)
         if batch_size < 1:
             raise ValueError(f"rewards.{self.name}.batch_size: {batch_size} is not allowed; allowed: 1 or more")
-        self.source, self.batch_size, self.dtype = model, batch_size, dtype
+        run = Path(model).expanduser()
+        is_run = not (run / "config.json").is_file() and (run / "export" / "config.json").is_file()
+        self.source = str(run / "export") if is_run else str(run) if run.is_dir() else model
+        self.batch_size, self.dtype = batch_size, dtype
         self.device: Any = "cpu"
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._model: Any = None
@@ -83,6 +87,7 @@ class ModelReward(Reward):
         from transformers import AutoConfig
 
         try:
+            local_folder(self.source)
             config = AutoConfig.from_pretrained(self.source)
         except (OSError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,8 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_modules import folders
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+ALLOWED_SOURCES = "allowed: a Hugging Face folder or a hub id (org/name)"
 
 _OLDER_KEYS = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "sliding_window_pattern"}
 """Keys that are no fields of a config class (any more) and that transformers still reads."""
@@ -48,16 +52,14 @@ def local_folder(source: str) -> Path | None:
     """The folder that ``source`` means; None where it is a hub id.
 
     Raises:
-        ValueError: it looks like a path and there is no such folder.
+        ValueError: it is a path, or no hub id of an organization, and there is no such folder.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.exists():
-        raise ValueError(
-            f"backbone.source: no folder {source!r}; allowed: a Hugging Face folder or a hub id (org/name)"
-        )
-    return None
+    if "/" not in source and not Path(source).expanduser().is_dir():
+        raise ValueError(f"backbone.source: no folder {source!r}; {ALLOWED_SOURCES}")
+    try:
+        return folders.local_folder(source)
+    except ValueError as error:
+        raise ValueError(f"backbone.source: {error}; {ALLOWED_SOURCES}") from error
 
 
 def config_of_preset(preset: dict[str, Any], vocabulary: int) -> PretrainedConfig:

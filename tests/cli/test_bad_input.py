@@ -76,6 +76,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, kind in (("text", "Text"), ("chat", "Conversation")):
         Path(f"{name}.yaml").write_text(yaml.safe_dump(recipe(kind), sort_keys=False))
     write_rows(TEXT)
+    for name in ("tokenizer", "model"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
     return tmp_path
 
 
@@ -164,6 +166,8 @@ LEARNING_RATE = "model.init_args.optimizer.init_args.lr"
         (["--model.backbone.config.model_type", "lama"], "lama"),
         (["--model.backbone.source", "no/such/folder"], "no/such/folder"),
         (["--tokenizer", "no-such-folder"], "no-such-folder"),
+        (["--tokenizer", "mine/toknizer"], "no folder 'mine/toknizer' (did you mean 'tokenizer'?); mine is a folder"),
+        (["--model.backbone", "{source: mine/modl}"], "backbone.source: no folder 'mine/modl' (did you mean 'model'?)"),
         (["--trainer.accelerator", "gpu"], "gpu"),
         # files
         (["--data.sources.0.path", "nothing.jsonl"], "nothing.jsonl"),

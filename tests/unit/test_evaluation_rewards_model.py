@@ -151,6 +151,17 @@ def test_what_is_no_reward_model_is_refused(models: Path, tmp_path: Path) -> Non
     assert "has no chat template" in refused(plain)
 
 
+def test_a_folder_that_is_not_here_is_not_asked_of_the_hub(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(models.parent)
+    message = refused(Path(models.name, "rewrd"))
+    assert f"(did you mean 'reward'?); {models.name} is a folder here, so this is no hub id" in message
+
+
+def test_a_run_stands_for_its_export(models: Path, tmp_path: Path) -> None:
+    copy(models / "reward", tmp_path / "export")
+    assert bound(tmp_path)(answers()) == bound(models / "reward")(answers())
+
+
 def test_an_answer_that_is_too_long_is_named(models: Path) -> None:
     reward = bound(models / "reward")
     positions = LLAMA["max_position_embeddings"]
