@@ -204,4 +204,4 @@ class _PromptMaker:
         corpus = self.corpus
         number = int(np.searchsorted(corpus.first, document, side="right")) - 1
         record: dict[str, Any] = corpus.stores[number].record(document - int(corpus.first[number]))
-        return record
+        return record | {"origin": corpus.origin(document)}

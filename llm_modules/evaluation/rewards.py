@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -20,13 +22,14 @@ class Answer:
     """What a reward, or a judge, sees of an answer.
 
     Attributes:
-        row: the prompt's number in the data, which errors name.
+        row: the prompt's number in the data, from 0.
         prompt: raw text, or chat messages (role, content).
         text: the answer.
         reference: the row's known answer; empty if there is none.
         fields: the data row's own columns.
         tokens: length of the answer in tokens.
         finished: whether it ended by itself; False: cut at ``max_new_tokens``.
+        origin: file and line of the row, which errors name; empty where the rows are of no file.
     """
 
     row: int
@@ -36,6 +39,12 @@ class Answer:
     fields: Mapping[str, Any] = field(default_factory=dict)
     tokens: int = 0
     finished: bool = True
+    origin: str = ""
+
+    @property
+    def place(self) -> str:
+        """How errors name its row."""
+        return self.origin or f"row {self.row}"
 
     @property
     def request(self) -> str:
@@ -68,6 +77,8 @@ class Reward:
         self.name = name or WORDS.sub("_", type(self).__name__).lower()
         if not math.isfinite(weight):
             raise ValueError(f"rewards.{self.name}.weight: {weight} is not allowed; allowed: a finite number")
+        if type(self).score is Reward.score and type(self).__call__ is Reward.__call__:
+            raise ValueError(f"rewards.{self.name}: {type(self).__name__} has no score(answers), which a Reward needs")
         self.weight = weight
 
     def score(self, answers: Sequence[Answer]) -> Sequence[float]:
@@ -82,15 +93,20 @@ class Reward:
         """What ``score`` says, checked.
 
         Raises:
-            ValueError: one line that names the reward and the row: ``score`` raised, or gave NaN, infinity, no number,
-                or not one number for each answer.
+            ValueError: one line that names the reward and the row: ``score`` raised (with the line that did), or gave
+                NaN, what is infinite in fp32, no number, or not one number for each answer.
         """
         if not answers:
             return []
         try:
-            scores = list(self.score(answers))
-        except Exception as error:
+            given: Any = self.score(answers)
+            scores = None if isinstance(given, Mapping | str | bytes) else list(given)
+        except (Exception, SystemExit) as error:
             raise self._blamed(answers, error) from error
+        if scores is None:
+            raise ValueError(
+                f"reward {self.name}: gave a {type(given).__name__}; a list of numbers, one for each answer, is needed"
+            )
         if len(scores) != len(answers):
             raise ValueError(
                 f"reward {self.name}: {_rows(answers)}: gave {len(scores)} numbers for {len(answers)} answers"
@@ -104,21 +120,22 @@ class Reward:
             number = float(score)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
-                f"reward {self.name}: row {answer.row}: gave {_line(repr(score))}, which is no number"
+                f"reward {self.name}: {answer.place}: gave {_line(repr(score))}, which is no number"
             ) from error
         if not math.isfinite(number):
-            raise ValueError(f"reward {self.name}: row {answer.row}: gave {number}; a reward must be finite")
+            raise ValueError(f"reward {self.name}: {answer.place}: gave {number}; a reward must be finite")
         return number
 
-    def _blamed(self, answers: Sequence[Answer], error: Exception) -> ValueError:
+    def _blamed(self, answers: Sequence[Answer], error: BaseException) -> ValueError:
         """The error with its row, which is found, where ``score`` does not say it, by scoring each answer alone."""
         if isinstance(error, RowError):
-            return ValueError(f"reward {self.name}: {error}")
+            place = next((answer.place for answer in answers if answer.row == error.row), f"row {error.row}")
+            return ValueError(f"reward {self.name}: {place}: {error.problem}")
         for answer in answers:
             try:
                 list(self.score([answer]))
-            except Exception as own:  # noqa: BLE001 - the same failure is looked for, and told
-                return ValueError(f"reward {self.name}: row {answer.row}: {told(own)}")
+            except (Exception, SystemExit) as own:  # noqa: BLE001 - the same failure is looked for, and told
+                return ValueError(f"reward {self.name}: {answer.place}: {told(own)}")
         return ValueError(f"reward {self.name}: {_rows(answers)}: {told(error)}")
 
 
@@ -152,15 +169,31 @@ def each(function: Callable[[Answer], Result], answers: Sequence[Answer]) -> lis
             scores.append(function(answer))
         except RowError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RowError(answer.row, told(error)) from error
     return scores
 
 
 def told(error: BaseException) -> str:
-    """Type and message of an exception in one line."""
+    """Type and message of an exception in one line, and where in the user's own file it was raised."""
     message = _line(str(error))
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return (f"{type(error).__name__}: {message}" if message else type(error).__name__) + _own_line(error)
+
+
+def _own_line(error: BaseException) -> str:
+    """The line of the file that the reward is in, as `` (my_rewards.py:4)``; nothing where the reward is ours."""
+    file, number = "", 0
+    for frame, line in walk_tb(error.__traceback__):
+        module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_filename
+        if not file and module != __name__:
+            if module.startswith("llm_modules."):
+                return ""
+            file = name
+        number = line if name == file else number
+    if not file:
+        return ""
+    path = Path(file)
+    return f" ({path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}:{number})"
 
 
 def _line(text: str, longest: int = 200) -> str:
@@ -169,8 +202,9 @@ def _line(text: str, longest: int = 200) -> str:
 
 
 def _rows(answers: Sequence[Answer]) -> str:
-    """ "row 3" or "rows 3, 4, ..."."""
-    rows = list(dict.fromkeys(answer.row for answer in answers))
-    if len(rows) == 1:
-        return f"row {rows[0]}"
-    return f"rows {', '.join(map(str, rows[:SHOWN]))}{', ...' if len(rows) > SHOWN else ''}"
+    """ "row 3" or "rows 3, 4, ...", or their places in files."""
+    places = list(dict.fromkeys(answer.place for answer in answers))
+    if len(places) == 1:
+        return places[0]
+    shown = ", ".join(places[:SHOWN]) + (", ..." if len(places) > SHOWN else "")
+    return shown if answers[0].origin else f"rows {shown.replace('row ', '')}"

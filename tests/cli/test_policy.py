@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -246,7 +247,8 @@ def test_settings_that_cannot_be(words: list[str], said: str, capfd: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    ("function", "said"), [("bad", "reward bad: row "), ("nan", "reward nan: row "), ("absent", "absent")]
+    ("function", "said"),
+    [("bad", "reward bad: prompts.jsonl:"), ("nan", "reward nan: prompts.jsonl:"), ("absent", "absent")],
 )
 def test_rewards_that_fail_name_the_row(function: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
     text = RECIPE.replace("own_rewards.vowels", f"own_rewards.{function}")
@@ -292,6 +294,23 @@ def test_equal_rewards_are_said(recwarn: pytest.WarningsRecorder) -> None:
     assert main(["fit", "-c", "rl", "--trainer.max_steps", "4"]) == 0
     assert any("to no prompt did two answers have different rewards" in str(w.message) for w in recwarn)
     assert float(rows(0)[0]["rollout/constant_groups"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise KeyError('nope')", "KeyError: 'nope' (own_rewards.py:2)"),
+        ("import sys; sys.exit(3)", "SystemExit: 3 (own_rewards.py:2)"),
+    ],
+)
+def test_rewards_that_cannot_count_name_the_row_and_their_line(
+    code: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("own_rewards.py").write_text(f"def vowels(answer):\n    {code}\n")
+    assert main(["fit", "-c", "rl"]) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("recipes: ")]
+    assert re.fullmatch(r"recipes: reward vowels: \S*prompts.jsonl:\d+: .*", line)
+    assert said in line
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from llm_modules.evaluation import Answer, Format, FunctionReward, Reward
+from llm_modules.evaluation import Answer, ExactAnswer, Format, FunctionReward, Reward
 
 
 def answers(*texts: str, first: int = 10) -> list[Answer]:
@@ -62,6 +63,8 @@ def test_no_answers_no_numbers() -> None:
         ([1.0, "2"], "reward given: row 11: gave '2', which is no number"),
         ([[1.0, 2.0], 1.0], "reward given: row 10: gave [1.0, 2.0], which is no number"),
         ([10**400, 1.0], "reward given: row 10: gave 1000"),
+        ({"a": 1.0, "b": 2.0}, "reward given: gave a dict; a list of numbers, one for each answer, is needed"),
+        ("12", "reward given: gave a str; a list of numbers, one for each answer, is needed"),
         ([1.0], "reward given: rows 10, 11: gave 1 numbers for 2 answers"),
         ([1.0] * 3, "reward given: rows 10, 11: gave 3 numbers for 2 answers"),
         (1.0, "reward given: row 10: TypeError: 'float' object is not iterable"),
@@ -85,7 +88,7 @@ class Picky(Reward):
 
 
 def test_the_row_is_found_that_a_reward_of_many_fails_at() -> None:
-    with pytest.raises(ValueError, match=r"^reward picky: row 12: KeyError: 'what\\nis this'$") as caught:
+    with pytest.raises(ValueError, match=r"^reward picky: row 12: KeyError: 'what\\nis this' \(.*:\d+\)$") as caught:
         Picky()(answers("a", "b", "bad", "c"))
     assert isinstance(caught.value.__cause__, KeyError)
 
@@ -97,8 +100,47 @@ class Crowded(Reward):
         return [1.0]
 
 
+def test_a_reward_without_a_score_is_refused() -> None:
+    class Forgot(Reward):
+        def scores(self, answers: Sequence[Answer]) -> list[float]:
+            return [1.0] * len(answers)
+
+    with pytest.raises(ValueError, match=r"^rewards.forgot: Forgot has no score\(answers\), which a Reward needs$"):
+        Forgot()
+
+
+def test_an_exit_is_no_end_of_the_run() -> None:
+    def leaves(answer: Answer) -> float:
+        sys.exit(3)
+
+    class Leaves(Reward):
+        def score(self, answers: Sequence[Answer]) -> list[float]:
+            sys.exit("gone")
+
+    with pytest.raises(
+        ValueError, match=r"^reward leaves: row 10: SystemExit: 3 \(.*test_evaluation_rewards.py:\d+\)$"
+    ):
+        FunctionReward(leaves)(answers("a", "b"))
+    with pytest.raises(ValueError, match=r"^reward leaves: row 10: SystemExit: gone \("):
+        Leaves()(answers("a", "b"))
+
+
+def test_rows_are_named_by_file_and_line() -> None:
+    given = [Answer(7 + i, "p", "a", reference, origin=f"q.jsonl:{i + 1}") for i, reference in enumerate(("a", ""))]
+    with pytest.raises(ValueError, match=r"^reward exact_answer: q.jsonl:2: it has no reference"):
+        ExactAnswer()(given)
+    with pytest.raises(ValueError, match=r"^reward given: q.jsonl:2: gave nan"):
+        Given([1.0, float("nan")])(given)
+    with pytest.raises(ValueError, match=r"^reward given: q.jsonl:1, q.jsonl:2: gave 3 numbers for 2 answers"):
+        Given([1.0] * 3)(given)
+    with pytest.raises(ValueError, match=r"^reward picky: q.jsonl:1: KeyError: 'what"):
+        Picky()([replace(answer, text="bad") for answer in given])
+
+
 def test_where_no_row_fails_alone_all_are_named() -> None:
-    with pytest.raises(ValueError, match=r"^reward crowded: rows 10, 11, 12, 13, 14, 15, 16, 17, \.\.\.: MemoryError$"):
+    with pytest.raises(
+        ValueError, match=r"^reward crowded: rows 10, 11, 12, 13, 14, 15, 16, 17, \.\.\.: MemoryError \("
+    ):
         Crowded()(answers(*"abcdefghij"))
 
 
@@ -121,10 +163,10 @@ def test_names() -> None:
     assert Given([], name="mine").name == "mine"
     assert Format("a").name == "format"
 
-    class HTTPStatusOf2Pages(Reward):
+    class HTTPStatusOf2Pages(Given):
         pass
 
-    assert HTTPStatusOf2Pages().name == "http_status_of2_pages"
+    assert HTTPStatusOf2Pages([]).name == "http_status_of2_pages"
 
 
 def length(answer: Answer) -> float:
@@ -147,7 +189,11 @@ def test_a_function_that_raises_is_named_with_its_row() -> None:
         calls.append(answer.row)
         return 1 / (answer.row - 11)
 
-    with pytest.raises(ValueError, match=r"^reward fails: row 11: ZeroDivisionError: ") as caught:
+    line = fails.__code__.co_firstlineno + 2
+    where = rf"\(.*test_evaluation_rewards.py:{line}\)$"
+    with pytest.raises(
+        ValueError, match=rf"^reward fails: row 11: ZeroDivisionError: division by zero {where}"
+    ) as caught:
         FunctionReward(fails)(answers("a", "b", "c"))
     assert calls == [10, 11]
     assert isinstance(caught.value.__cause__.__cause__, ZeroDivisionError)  # type: ignore[union-attr]
