@@ -15,6 +15,8 @@ Result = TypeVar("Result")
 WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 SHOWN = 8
 """Rows that an error names."""
+LARGEST = 3.4028234663852886e38
+"""The largest number of fp32, in which rewards become advantages."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,10 @@ class Reward:
             ) from error
         if not math.isfinite(number):
             raise ValueError(f"reward {self.name}: {answer.place}: gave {number}; a reward must be finite")
+        if abs(number) > LARGEST:
+            raise ValueError(
+                f"reward {self.name}: {answer.place}: gave {number}, which is infinite in fp32; allowed: up to 3.4e38"
+            )
         return number
 
     def _blamed(self, answers: Sequence[Answer], error: BaseException) -> ValueError:

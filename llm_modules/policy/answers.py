@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_modules.evaluation.rewards import Answer, Reward
+from llm_modules.evaluation.rewards import LARGEST, Answer, Reward
 from llm_modules.generation import Generator
 from llm_modules.generation.rollout import GroupSampler, Sampled
 from llm_modules.generation.vllm_engine import VLLM
@@ -97,6 +97,11 @@ class Respondent:
         found: dict[int, list[ScoredAnswer]] = {place: [] for place in places}
         for number, (place, answer) in enumerate(flat):
             reward, cost = (sum(weight * scores[number] for weight, scores in part) for part in (rewards, costs))
+            if not max(abs(reward), abs(cost)) <= LARGEST:
+                raise ValueError(
+                    f"model.rewards: {answers[number].place}: what an answer is worth adds up to {reward:g} (costs: "
+                    f"{cost:g}), which is not finite in fp32; set smaller weights"
+                )
             parts = [scores[number] for _, scores in (*rewards, *costs)]
             found[place].append(ScoredAnswer(answer, parts, reward, cost))
         return list(found.items())

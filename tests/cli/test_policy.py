@@ -301,6 +301,7 @@ def test_equal_rewards_are_said(recwarn: pytest.WarningsRecorder) -> None:
     [
         ("raise KeyError('nope')", "KeyError: 'nope' (own_rewards.py:2)"),
         ("import sys; sys.exit(3)", "SystemExit: 3 (own_rewards.py:2)"),
+        ("return 1e300", "gave 1e+300, which is infinite in fp32"),
     ],
 )
 def test_rewards_that_cannot_count_name_the_row_and_their_line(
@@ -311,6 +312,14 @@ def test_rewards_that_cannot_count_name_the_row_and_their_line(
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("recipes: ")]
     assert re.fullmatch(r"recipes: reward vowels: \S*prompts.jsonl:\d+: .*", line)
     assert said in line
+
+
+def test_rewards_that_add_up_to_infinity_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("own_rewards.py").write_text("def vowels(answer):\n    return 3e38\ndef more(answer):\n    return 3e38\n")
+    kind = "class_path: llm_modules.evaluation.FunctionReward, init_args"
+    both = ", ".join(f"{{{kind}: {{function: own_rewards.{name}}}}}" for name in ("vowels", "more"))
+    assert main(["fit", "-c", "rl", "--model.rewards", f"[{both}]"]) == 2
+    assert "what an answer is worth adds up to 6e+38 (costs: 0), which is not finite in fp32" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

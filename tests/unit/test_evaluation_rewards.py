@@ -63,6 +63,7 @@ def test_no_answers_no_numbers() -> None:
         ([1.0, "2"], "reward given: row 11: gave '2', which is no number"),
         ([[1.0, 2.0], 1.0], "reward given: row 10: gave [1.0, 2.0], which is no number"),
         ([10**400, 1.0], "reward given: row 10: gave 1000"),
+        ([1.0, -1e300], "reward given: row 11: gave -1e+300, which is infinite in fp32"),
         ({"a": 1.0, "b": 2.0}, "reward given: gave a dict; a list of numbers, one for each answer, is needed"),
         ("12", "reward given: gave a str; a list of numbers, one for each answer, is needed"),
         ([1.0], "reward given: rows 10, 11: gave 1 numbers for 2 answers"),
