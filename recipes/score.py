@@ -62,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if (args.above is None) == (args.keep == "above"):
         raise UserError("--above SCORE goes with --keep above, and the other way round")
+    if args.above is not None and not math.isfinite(args.above):
+        raise UserError(f"--above {args.above}: no score can be compared with that; give a finite number")
     if (args.over is None) == (args.keep == "better"):
         raise UserError("--over FILE goes with --keep better, and the other way round")
     for flag, file in (("--file", args.file), ("--over", args.over)):
@@ -83,12 +85,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         kept, passed = better(scored, talks, best_scores(others[1], scores_over), args.over), 0
     write(args.out, kept)
-    mean = sum(scores) / len(scores)
-    print(
-        f"{display(args.out.absolute())}: {len(kept)} rows of {len(rows)} answers, mean score {mean:.3f}"
-        + (f"; {passed} prompts have no two answers of different scores" if passed else ""),
-        file=sys.stderr,
-    )
+    mean, lost = sum(scores) / len(scores), sum("score" in row for _, row in rows) if args.keep == "all" else 0
+    notes = [
+        f"; {passed} prompts have no two answers of different scores" if passed else "",
+        f"; none is above {args.above:g}, the highest is {max(scores):.3f}"
+        if args.keep == "above" and not kept
+        else "",
+        f"; in {lost} rows `score` held something else, which is not kept" if lost else "",
+    ]
+    about = f"{len(kept)} rows of {len(rows)} answers, mean score {mean:.3f}"
+    print(f"{display(args.out.absolute())}: {about}{''.join(notes)}", file=sys.stderr)
     return 0
 
 
@@ -175,7 +181,7 @@ class Scorer:
         config = backbone.model_config(vocabulary=len(self.tokenizer))
         positions = getattr(config.get_text_config(), "max_position_embeddings", longest)
         if longest > positions:
-            place, _ = rows[next(i for i, tokens in enumerate(ids) if len(tokens) > positions)]
+            place, _ = rows[next(i for i, tokens in enumerate(ids) if len(tokens) == longest)]
             raise UserError(f"{place}: {longest} tokens, more than the reward model's {positions} positions")
         model: Any = backbone.build(tokenizer=self.tokenizer, sequence_length=longest, seed=0, scalar=True)
         model.to(self.device).eval()

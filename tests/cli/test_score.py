@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -216,9 +217,10 @@ def test_prompts_with_nothing_to_choose_between_are_counted(capsys: pytest.Captu
         ({"source": "empty.jsonl"}, "--file empty.jsonl: the file is empty"),
         ({"source": "prompts.jsonl"}, "prompts.jsonl:1: a row needs `prompt` (text or messages) and `completion`"),
         ({"source": "odd.jsonl"}, "odd.jsonl:1: a message of the prompt has no role or no content: {'role': 'user'}"),
-        ({"source": "long.jsonl"}, "tokens, more than the reward model's"),
+        ({"source": "long.jsonl"}, "long.jsonl:2: 5021 tokens, more than the reward model's"),
         ({"out": "prompts.jsonl"}, "--out prompts.jsonl: is there; name another file, or --overwrite"),
         ({"words": ["--keep", "above"]}, "--above SCORE goes with --keep above"),
+        ({"words": ["--keep", "above", "--above", "nan"]}, "--above nan: no score can be compared with that"),
         ({"words": ["--above", "1"]}, "--above SCORE goes with --keep above"),
         ({"words": ["--keep", "better"]}, "--over FILE goes with --keep better"),
         ({"words": ["--keep", "better", "--over", "none.jsonl"]}, "--over none.jsonl: no such file"),
@@ -229,11 +231,22 @@ def test_mistakes_are_one_line(words: dict[str, Any], message: str, capsys: pyte
     Path("answers.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     Path("empty.jsonl").write_text("")
     Path("odd.jsonl").write_text(json.dumps({"prompt": [{"role": "user"}], "completion": "b"}) + "\n")
-    Path("long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b" * 5000}) + "\n")
+    long = [json.dumps({"prompt": "a", "completion": "b" * size}) + "\n" for size in (4000, 5000, 4500)]
+    Path("long.jsonl").write_text("".join(long))
     assert score(*words.pop("words", []), **words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("recipes: ")]
     assert message in line
     assert not Path("out.jsonl").exists()
+
+
+def test_what_is_lost_or_empty_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("answers.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "score": "mine"}) + "\n")
+    assert score("--keep", "above", "--above", "1000") == 0
+    (highest,) = re.findall(r"; none is above 1000, the highest is (-?\d+\.\d{3})$", capsys.readouterr().err, re.M)
+    assert rows("out.jsonl") == []
+    assert score("--overwrite") == 0
+    assert capsys.readouterr().err.endswith("; in 1 rows `score` held something else, which is not kept\n")
+    assert f"{rows('out.jsonl')[0]['score']:.3f}" == highest
 
 
 def test_samples_that_would_be_the_same_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
