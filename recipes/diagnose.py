@@ -196,7 +196,8 @@ class Diagnosis:
             for index, item in enumerate(value):
                 self._value((*key, index), (typing.get_args(items[0]) or (Any,))[0], item)
         if self._found == before and not _accepts(kind, value):
-            self._say(key, f"`{dotted(key)}` is {short(value)}; allowed: {describe(kind)}")
+            why = _no_function(options, value) or f"allowed: {describe(kind)}"
+            self._say(key, f"`{dotted(key)}` is {short(value)}; {why}")
 
     def _said_at_the_top(self, key: Key) -> bool:
         """Whether a value is the copy of a shared one that was found wrong already."""
@@ -256,6 +257,17 @@ def record_of(kind: Any) -> Any:
 
 def _is_callable(kind: Any) -> bool:
     return typing.get_origin(kind) in (Callable, typing.get_origin(Callable[[], int]))
+
+
+def _no_function(options: list[Any], value: Any) -> str:
+    """Why a name means no function, where one is asked for; empty where that is not what is wrong."""
+    if not isinstance(value, str) or "." not in value or not any(map(_is_callable, options)):
+        return ""
+    try:
+        found = find_class(value)
+    except UserError as error:
+        return str(error)
+    return "" if callable(found) else f"a function is asked for, and this is of type {type(found).__name__}"
 
 
 def _wanted_classes(options: list[Any]) -> list[type]:

@@ -35,3 +35,7 @@ def __getattr__(name: str) -> Any:
     if name in _REWARDS:
         return getattr(import_module(f"llm_modules.evaluation.{_REWARDS[name]}"), name)
     raise AttributeError(f"module 'llm_modules.evaluation' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

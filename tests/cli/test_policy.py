@@ -59,6 +59,9 @@ def nan(answer):
     return math.nan
 def x(answer):
     return float("x" in answer.text)
+from llm_modules.evaluation import Reward
+class NoScore(Reward):
+    pass
 """
 PPO = "llm_modules.objectives.PPO"
 SAFE = """\
@@ -196,6 +199,17 @@ def test_what_is_logged_is_of_all_answers_and_each_step_has_something_to_learn(t
     ("words", "said"),
     [
         (["--model.rewards", "[]"], "model.rewards: none that counts"),
+        (
+            ["--model.rewards.0.init_args.function", "own_rewards.vowls"],
+            "function` is 'own_rewards.vowls'; module `own_rewards` has no `vowls` (did you mean `vowels`?)",
+        ),
+        (["--model.rewards.0.init_args.function", "own_rewads.bad"], "; there is no module `own_rewads`"),
+        (
+            ["--model.rewards.0.init_args.function", "math.pi"],
+            "a function is asked for, and this is of type float",
+        ),
+        (["--model.rewards", "[llm_modules.evaluation.ExactAnswr]"], "(did you mean `ExactAnswer`?)"),
+        (["--model.rewards", "[own_rewards.NoScore]"], "rewards.no_score: NoScore has no score(answers), which"),
         (["--model.rewards.0.init_args.weight", "0"], "model.rewards: none that counts"),
         (
             ["--model.rewards.0.init_args.name", "entropy"],
