@@ -306,5 +306,8 @@ class PreferenceModule(LLMModule):
 def _labelled(objective: LabelledObjective, batch: Any) -> LabelledBatch:
     if not isinstance(batch, LabelledBatch):
         name = type(objective).__name__
-        raise ValueError(f"data: {name} learns from labelled answers; use llm_modules.data.LabelledDataModule")
+        raise ValueError(
+            f"data: {name} learns from labelled answers; use llm_modules.data.LabelledDataModule, as the recipe "
+            "preference/kto-quickstart does (it takes pairs, too)"
+        )
     return batch

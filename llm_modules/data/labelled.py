@@ -62,7 +62,7 @@ class LabelledSource(Source):
 
 def labelled_answer(row: Row) -> LabelledAnswer:
     """The answer in a row: ``completion`` (or ``answer``) beside a ``prompt`` or ``messages``, or ``messages`` that end
-    with it, and ``label``, true or false; or the ``SIDE`` of a pair, of which the chosen answer is the desirable one.
+    with it, and ``label``, true (1) or false (0); or the ``SIDE`` of a pair, whose chosen answer is the desirable one.
 
     Raises:
         NoPair: one line that names the file, the row and why it holds no answer.
@@ -76,8 +76,8 @@ def labelled_answer(row: Row) -> LabelledAnswer:
     if columns.get("label") is None:
         there = ", ".join(map(str, columns)) or "none"
         raise ValueError(f"{row.origin}: no label; an answer needs label, true or false; columns: {there}")
-    if not isinstance(columns["label"], bool):
-        raise ValueError(f"{row.origin}: label is {columns['label']!r}; it must be true or false")
+    if not isinstance(columns["label"], int) or columns["label"] not in (0, 1):
+        raise ValueError(f"{row.origin}: label is {columns['label']!r}; it must be true or false, or 1 or 0")
     name = next((name for name in ("completion", "answer", "messages") if columns.get(name)), None)
     if name is None:
         raise NoPair(f"{row.origin}: no answer: completion (or answer) is empty or not there")
@@ -90,7 +90,7 @@ def labelled_answer(row: Row) -> LabelledAnswer:
         raise NoPair(f"{row.origin}: the prompt ends with the assistant; it must end with what is answered")
     if is_empty(said[-1]):
         raise NoPair(f"{row.origin}: the answer is empty")
-    return LabelledAnswer(with_system(row, prompt), said[-1], columns["label"], tools_of(row))
+    return LabelledAnswer(with_system(row, prompt), said[-1], bool(columns["label"]), tools_of(row))
 
 
 class LabelledEncoder:

@@ -145,4 +145,7 @@ def test_pairs_are_not_labelled_answers(capfd: pytest.CaptureFixture[str]) -> No
     write([{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(60)])
     Path("kto.yaml").write_text(Path("kto.yaml").read_text().replace("LabelledDataModule", "PreferenceDataModule"))
     assert main(["fit", "-c", "kto"]) == 2
-    assert "KTO learns from labelled answers; use llm_modules.data.LabelledDataModule" in capfd.readouterr().err
+    said = (
+        "KTO learns from labelled answers; use llm_modules.data.LabelledDataModule, as the recipe preference/kto-quick"
+    )
+    assert said in capfd.readouterr().err

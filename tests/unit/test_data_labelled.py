@@ -40,10 +40,11 @@ def row(**columns: Any) -> Row:
         {"completion": "\n\nHuman: 2 + 2?\n\nAssistant: 4"},
     ],
 )
-@pytest.mark.parametrize("label", [True, False])
-def test_formats(columns: dict[str, Any], label: bool) -> None:
+@pytest.mark.parametrize("label", [True, False, 1, 0])
+def test_formats(columns: dict[str, Any], label: bool | int) -> None:
     found = labelled_answer(row(**columns, label=label))
-    assert (found.prompt, found.answer, found.desirable) == ([USER], SAID, label)
+    assert (found.prompt, found.answer, found.desirable) == ([USER], SAID, bool(label))
+    assert type(found.desirable) is bool
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_formats(columns: dict[str, Any], label: bool) -> None:
     [
         ({"prompt": "a", "completion": "b"}, "no label; an answer needs label, true or false; columns: prompt, "),
         ({"prompt": "a", "completion": "b", "label": None}, "no label; an answer needs label"),
-        ({"prompt": "a", "completion": "b", "label": 1}, "label is 1; it must be true or false"),
+        ({"prompt": "a", "completion": "b", "label": 2}, "label is 2; it must be true or false, or 1 or 0"),
         ({"prompt": "a", "completion": "b", "label": "yes"}, "label is 'yes'; it must be true or false"),
         ({"prompt": "a", "completion": "", "label": True}, "no answer: completion (or answer) is empty or not there"),
         ({"prompt": "a", "completion": " ", "label": True}, "the answer is empty"),
