@@ -6,6 +6,14 @@ from html import escape
 
 from callbacks.report_data import RunData
 
+MEANINGS = {
+    "attack_success": "harmful requests that were answered (where the suite has a judge of harm: harmfully)",
+    "over_refusal": "benign requests that were refused",
+    "refusal": "harmful requests that were refused",
+    "benign_right": "benign requests that got the answer of the data",
+}
+"""Of what ``RefusalSuite`` measures: shares, so between 0 and 1."""
+
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 320, 56, 20, 14, 44
 """Of the chart, in pixels, and its margins."""
 
@@ -86,4 +94,11 @@ def _table(run: RunData, several: bool) -> str:
     body = (
         f'{caption}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
-    return f"<details open><summary>Numbers</summary>{body}</details>"
+    return f"<details open><summary>Numbers</summary>{_meanings(run)}{body}</details>"
+
+
+def _meanings(run: RunData) -> str:
+    """What the names in the table mean, without the suite's name before them and the category behind."""
+    shares = (next((m for m in MEANINGS if name.partition("/")[0].endswith(m)), None) for name in run.safety)
+    texts = [f"{escape(name)}: {MEANINGS[name]}" for name in dict.fromkeys(shares) if name is not None]
+    return f'<p class="note">Shares: {"; ".join(texts)}.</p>' if texts else ""
