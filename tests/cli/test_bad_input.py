@@ -167,6 +167,7 @@ LEARNING_RATE = "model.init_args.optimizer.init_args.lr"
         (["--model.backbone.source", "no/such/folder"], "no/such/folder"),
         (["--tokenizer", "no-such-folder"], "no-such-folder"),
         (["--tokenizer", "mine/toknizer"], "no folder 'mine/toknizer' (did you mean 'tokenizer'?); mine is a folder"),
+        (["--tokenizer", "runs/letters"], "tokenizer: no folder 'runs/letters'; allowed: a folder"),
         (["--model.backbone", "{source: mine/modl}"], "backbone.source: no folder 'mine/modl' (did you mean 'model'?)"),
         (["--trainer.accelerator", "gpu"], "gpu"),
         # files
