@@ -48,12 +48,12 @@ def difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     """
     if actual.keys() != expected.keys():
         names = sorted(actual.keys() ^ expected.keys())
-        raise ValueError(f"check gradients: the ranks and one process do not train the same tensors: {names[:3]}")
+        raise ValueError(f"the ranks and one process do not train the same tensors: {names[:3]}")
     norms = {name: (_norm(actual[name]), _norm(expected[name])) for name in expected}
     apart = {name: _norm(actual[name].double() - expected[name].double()) for name in expected}
     total = math.hypot(*(norm for _, norm in norms.values()))
     if total == 0:
-        raise ValueError("check gradients: the gradient of one process is zero; there is nothing to compare")
+        raise ValueError("the gradient is zero; there is nothing to compare")
     beyond = [name for name, pair in norms.items() if not max(pair) < ROUNDING * total]
     tensors = [(_ratio(apart[name], norms[name][1]), name) for name in beyond]
     # NaN first: nothing is worse.

@@ -12,13 +12,16 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from llm_modules.logprobs import score_batch
 from llm_modules.strategies.full_gradients import full_gradients
 from recipes.bare_run import as_overrides, bare
 from recipes.compose import Composed
 from recipes.errors import UserError
 from recipes.ranks import first_on_each_machine, part_from_the_others, tell_folder, told_folder
 
-_SMALL = 0.02  # standard deviation of what is put where a trained tensor is all zeros
+_SMALL = 0.02  # standard deviation of what is put where a trained tensor is all zeros, and of a token's shift
+_NATS = 1.0  # most that an answer is shifted by
+_FAR = 12.9898  # radians from one answer's shift to the next one's
 
 
 def settings(composed: Composed, steps: int) -> list[tuple[str, str]]:
@@ -54,7 +57,7 @@ def keep_gradients(composed: Composed, out: Path) -> None:
     data: Any = cli.datamodule
     if not hasattr(cli.model, "optimizer_factory") or not isinstance(getattr(data, "batch_size", None), int):
         raise UserError(
-            f"check gradients: {type(cli.model).__name__} with {type(data).__name__} cannot be compared: a model that "
+            f"gradients of {type(cli.model).__name__} with {type(data).__name__} cannot be compared: a model that "
             "derives from llm_modules.LLMModule and data with a batch_size are needed"
         )
     if told_folder() is None:
@@ -78,9 +81,11 @@ def keep_gradients(composed: Composed, out: Path) -> None:
 
 
 def prepare(module: Any) -> None:
-    """Makes a module's gradients comparable: it stays where it is, and no trained tensor begins as zeros.
+    """Makes a module's gradients comparable: it stays where it is, no trained tensor begins as zeros, and what is
+    compared with the model is not what the model itself says.
 
-    (Where LoRA's B is zero, the gradient of A is, and could not be seen to be wrong.)
+    Where LoRA's B is zero, the gradient of A is, and could not be seen to be wrong; nor could what is made of margins,
+    which are zero while the policy is its reference, or of ratios, which are 1 while it is the one that answered.
     """
     module.optimizer_factory = lambda groups: torch.optim.SGD(groups, lr=0.0)
     module.schedule_factory = None
@@ -97,6 +102,40 @@ def prepare(module: Any) -> None:
         return model
 
     module.backbone.build = built
+    if hasattr(module, "_reference_sums"):
+        _shift_references(module)
+    if hasattr(module, "_score"):
+        _shift_answers(module)
+
+
+def _shift_references(module: Any) -> None:
+    """Of each answer of preference tuning the reference says something else: a function of its row alone."""
+    ask = module._reference_sums
+
+    def asked(batch: Any) -> Tensor:
+        sums: Tensor = ask(batch)
+        width = len(sums) // len(batch.rows)  # answers of a row
+        places = torch.tensor(batch.rows).to(sums)[:, None] * width + torch.arange(width).to(sums)
+        return sums + _NATS * torch.sin(_FAR * places.flatten())
+
+    module._reference_sums = asked
+
+
+def _shift_answers(module: Any) -> None:
+    """Of each token that a policy said, the policy that said it and the reference said something else."""
+    score = module._score
+
+    @torch.no_grad()
+    def scored(rollouts: Any) -> None:
+        score(rollouts)
+        if rollouts.old_logprobs is None:  # an iteration of one step takes its own
+            rollouts.old_logprobs = module._said(rollouts, lambda batch: score_batch(module.model, batch).logprobs)
+        for number, name in enumerate(("old_logprobs", "reference_logprobs")):
+            if (said := getattr(rollouts, name)) is not None:
+                noise = torch.randn(said.shape, generator=torch.Generator().manual_seed(number))
+                setattr(rollouts, name, said + _SMALL * noise)
+
+    module._score = scored
 
 
 class KeepGradients(Callback):

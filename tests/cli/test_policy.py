@@ -361,6 +361,31 @@ def test_its_invariance_is_checked(capfd: pytest.CaptureFixture[str]) -> None:
     assert said.endswith("passed\n")
 
 
+RATIOS = """\
+from dataclasses import replace
+from llm_modules.objectives import GRPO
+
+
+class RatiosOfTheMicroBatch(GRPO):
+    def terms(self, batch, logprobs, values):
+        ratio = (logprobs.detach() - batch.old_logprobs).exp()
+        return super().terms(replace(batch, advantages=batch.advantages / ratio.mean()), logprobs, values)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epochs", ["1", "2"])
+def test_ratios_that_are_averaged_over_a_micro_batch(epochs: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """All of them are 1 where the policy is the one that answered."""
+    Path("own_ratios.py").write_text(RATIOS)
+    words = ["--model.epochs", epochs, "--model.minibatches", "1", "--model.objective.kl", "0.1"]
+    words = ["--model.objective", "llm_modules.objectives.GRPO", *words]
+    assert main(["check", "invariance", "-c", "rl", *words]) == 0
+    words[1] = "own_ratios.RatiosOfTheMicroBatch"
+    assert main(["check", "invariance", "-c", "rl", *words]) == 1
+    assert "the gradient depends on how answers are cut into micro-batches" in capfd.readouterr().err
+
+
 def test_a_checkpoint_of_another_length_of_iteration_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "-c", "rl", "--trainer.max_steps", "3"]) == 0
     checkpoint = "runs/rl/0/checkpoints/step-00000003.ckpt"

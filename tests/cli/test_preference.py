@@ -119,6 +119,43 @@ def test_the_gradient_does_not_depend_on_how_pairs_are_cut(words: list[str]) -> 
     assert main(["check", "invariance", "-c", "dpo", *words]) == 0
 
 
+CUTS = """\
+import torch
+from llm_modules.objectives import PreferenceObjective
+from llm_modules.objectives.preference import margin
+
+
+class SoftWeights(PreferenceObjective):
+    def losses(self, scores):
+        margins = margin(scores)
+        weights = torch.softmax(margins.detach(), 0) * len(margins)
+        return weights * torch.exp(-self.beta * margins)
+
+
+class Baseline(PreferenceObjective):
+    def losses(self, scores):
+        margins = margin(scores)
+        return torch.exp(-self.beta * (margins - margins.mean().detach()))
+
+
+class Centred(PreferenceObjective):
+    def losses(self, scores):
+        margins = margin(scores)
+        return torch.exp(-self.beta * (margins - margins.mean()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SoftWeights", "Baseline", "Centred"])
+def test_a_loss_that_looks_at_the_other_pairs_of_its_micro_batch(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is right where the policy is its reference, which is where training begins."""
+    Path("cuts_of_pairs.py").write_text(CUTS)
+    assert main(["check", "invariance", "-c", "dpo", "--model.objective", f"cuts_of_pairs.{name}"]) == 1
+    said = [text for text in capfd.readouterr().err.splitlines() if text.startswith("recipes: ")]
+    assert len(said) == 1
+    assert said[0].startswith("recipes: the gradient depends on how rows are cut into micro-batches: with ")
+
+
 @pytest.mark.parametrize(
     ("rows", "words", "line"),
     [
