@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import recipes
 from recipes.command_line import parse_command
-from recipes.errors import RankError, UserError, nearest, user_message
+from recipes.errors import RankError, UserError, nearest, one_line, own_place, user_message
 from recipes.processor import prepare_processor
 from recipes.ranks import own_rank, word_of_this_rank
 from recipes.trainer_verbs import VERBS as TRAINER_VERBS
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message is None or debug:
             traceback.print_exception(error)
         if message is None:
+            if (place := own_place(error)) is not None:
+                print(f"recipes: {place}: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
             return BUG
         sys.stderr.flush()
         who = "" if isinstance(error, RankError) else word_of_this_rank()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 
 OUR_PACKAGES = ("recipes", "llm_modules", "callbacks")
@@ -54,10 +56,22 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
-def raised_in(traceback: TracebackType | None, packages: tuple[str, ...]) -> bool:
+def raised_in(trace: TracebackType | None, packages: tuple[str, ...]) -> bool:
     """Whether the line that raised is one of these packages'."""
-    if traceback is None:
+    if trace is None:
         return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return str(traceback.tb_frame.f_globals.get("__name__", "")).split(".")[0] in packages
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0] in packages
+
+
+def own_place(error: BaseException) -> str | None:
+    """``my_loss.py:12, in losses``: the deepest line of the working directory's own files that an error came through;
+    None where there is none."""
+    here, found = Path.cwd(), None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        ours = str(frame.f_globals.get("__name__", "")).split(".")[0] in OUR_PACKAGES
+        if not ours and file.is_relative_to(here) and "site-packages" not in file.parts:
+            found = f"{file.relative_to(here)}:{line}, in {frame.f_code.co_name}"
+    return found
