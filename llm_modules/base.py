@@ -28,6 +28,7 @@ from llm_modules import optimizers
 from llm_modules.batch import MAY_LACK, CountedBatch, ObjectiveOutput
 from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
+from llm_modules.objectives.shapes import differentiable
 from llm_modules.schedules import RunSchedule
 from llm_modules.strategies import Answering, spread
 from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm, unscale_gradients
@@ -187,7 +188,7 @@ class LLMModule(Answering, LightningModule):
             self._window = self.global_counts(batch)
         output = self.objective_step(batch)
         total = sum(term.weight * term.sum / self._window[term.count] for term in output.terms.values())
-        assert isinstance(total, Tensor)
+        total = differentiable(total, getattr(self, "objective", self))
         self._add_sums(output, batch)
         if batch.micro_step == self.trainer.accumulate_grad_batches - 1:
             self._log_window()

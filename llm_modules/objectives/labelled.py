@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from llm_modules.batch import LabelledScores, ObjectiveOutput, Term
+from llm_modules.objectives.shapes import summed
 
 
 class LabelledObjective:
@@ -72,7 +73,9 @@ class LabelledObjective:
         desirable, rewards = scores.desirable, self.rewards(scores)
         better = torch.where(desirable, rewards - point, point - rewards)
         good, bad = desirable.double(), (~desirable).double()
-        losses = (self.weights[0] * good + self.weights[1] * bad) * self.losses(better)
+        losses = self.losses(better)
+        summed(self, losses, len(better), "answers")  # before the weights, which would hide a mean
+        losses = (self.weights[0] * good + self.weights[1] * bad) * losses
         detached = rewards.detach()
         metrics = {
             "reward_desirable": (detached @ good, "desirable"),

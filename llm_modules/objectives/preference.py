@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from llm_modules.batch import ObjectiveOutput, PairScores, Term
+from llm_modules.objectives.shapes import summed
 
 
 class PreferenceObjective:
@@ -41,7 +42,10 @@ class PreferenceObjective:
         raise NotImplementedError
 
     def terms(self, scores: PairScores) -> dict[str, Term]:
-        return {"loss": Term(self.losses(scores).sum(), "pairs")}
+        return {"loss": Term(self._sum(scores), "pairs")}
+
+    def _sum(self, scores: PairScores) -> Tensor:
+        return summed(self, self.losses(scores), len(scores.chosen), "pairs")
 
     def rewards(self, scores: PairScores) -> tuple[Tensor, Tensor]:
         """(P,) implicit rewards of the chosen and of the rejected answers; without a reference its part is left out."""
@@ -239,7 +243,7 @@ class ORPO(PreferenceObjective):
 
     def terms(self, scores: PairScores) -> dict[str, Term]:
         return {
-            "loss": Term(self.losses(scores).sum(), "pairs", self.beta),  # callbacks go by a term of this name
+            "loss": Term(self._sum(scores), "pairs", self.beta),  # callbacks go by a term of this name
             "nll_chosen": Term(-scores.chosen.sum(), "tokens_chosen"),
         }
 

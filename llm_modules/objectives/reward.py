@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from llm_modules.batch import ObjectiveOutput, RewardScores, Term
+from llm_modules.objectives.shapes import summed
 
 
 class RewardObjective:
@@ -37,7 +38,8 @@ class RewardObjective:
                 "accuracy": (better > 0).to(better),
             }
             metrics = {name: (value.detach().sum(), "pairs") for name, value in measured.items()}
-        return ObjectiveOutput({"loss": Term(self.losses(scores).sum(), "pairs")}, metrics)
+        total = summed(self, self.losses(scores), len(scores.chosen), "pairs")
+        return ObjectiveOutput({"loss": Term(total, "pairs")}, metrics)
 
 
 class BradleyTerry(RewardObjective):

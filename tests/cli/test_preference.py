@@ -119,6 +119,62 @@ def test_the_gradient_does_not_depend_on_how_pairs_are_cut(words: list[str]) -> 
     assert main(["check", "invariance", "-c", "dpo", *words]) == 0
 
 
+LOSSES = """\
+from llm_modules.objectives import DPO, ORPO
+
+
+class Mean(DPO):
+    def losses(self, scores):
+        return super().losses(scores).mean()
+
+
+class Wide(ORPO):
+    def losses(self, scores):
+        return super().losses(scores)[:, None].expand(-1, 2)
+
+
+class Number(DPO):
+    def losses(self, scores):
+        return 1.0
+
+
+class Detached(DPO):
+    def losses(self, scores):
+        return super().losses(scores).detach()
+
+
+class Broken(DPO):
+    def losses(self, scores):
+        return scores.chosen @ scores.chosen[:1]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Mean", "losses gave shape (), not one loss for each of the 4 pairs"),
+        ("Wide", "losses gave shape (4, 2), not one loss for each of the 4 pairs"),
+        ("Number", "losses gave a float, not one loss for each of the 4 pairs"),
+        ("Detached", "the loss has no gradient"),
+    ],
+)
+def test_a_loss_that_is_none(name: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("losses_of_pairs.py").write_text(LOSSES)
+    assert main(["fit", "-c", "dpo", "--model.objective", f"losses_of_pairs.{name}"]) == 2
+    lines = [text for text in capfd.readouterr().err.splitlines() if text.startswith("recipes: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"recipes: objective losses_of_pairs.{name}: {said}")
+
+
+def test_a_loss_that_raises_is_shown_with_its_line(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("broken_losses.py").write_text(LOSSES)
+    assert main(["fit", "-c", "dpo", "--model.objective", "broken_losses.Broken"]) == 1
+    err = capfd.readouterr().err
+    assert "Traceback" in err
+    line = 1 + LOSSES.splitlines().index("        return scores.chosen @ scores.chosen[:1]")
+    assert err.splitlines()[-1].startswith(f"recipes: broken_losses.py:{line}, in losses: RuntimeError: ")
+
+
 CUTS = """\
 import torch
 from llm_modules.objectives import PreferenceObjective
