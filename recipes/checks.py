@@ -9,6 +9,8 @@ from recipes.config_names import config_name
 from recipes.errors import UserError
 from recipes.yaml_tree import Key, Node, dotted, read_yaml
 
+_LARGEST_SEED = 2**32 - 1  # of numpy's generator
+
 
 def check_values(composed: Composed) -> None:
     """Checks that go over several keys.
@@ -55,6 +57,10 @@ def _check_positive(composed: Composed) -> list[str]:
             value = value.get(part) if isinstance(value, dict) else None
         if isinstance(value, int) and value < 1:
             problems.append(f"{composed.origin(_path(key))}: `{key}` is {value}; it must be at least 1")
+    seed = composed.values.get("seed_everything")
+    if isinstance(seed, int) and not 0 <= seed <= _LARGEST_SEED:
+        place = composed.origin(("seed_everything",))
+        problems.append(f"{place}: `seed_everything` is {seed}; allowed: 0 to {_LARGEST_SEED}")
     return problems
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from llm_modules.optimizers import multiplies_bfloat16
 from llm_modules.policy import PolicyModule
 from llm_modules.policy.size import answers_together, step_tokens
-from llm_modules.zoo.memory import cache_bytes
+from llm_modules.zoo.memory import cache_bytes, optimizer_state
 from recipes.compose import Composed
-from recipes.errors import UserError
+from recipes.errors import UserError, one_line, user_message
+from recipes.yaml_tree import dotted
 
 if TYPE_CHECKING:
     from llm_modules.zoo.estimate import ModelSummary
@@ -42,6 +43,7 @@ def check_before_training(cli: RecipeCLI, *, verbose: bool, full: bool) -> None:
     config = check_model(cli)
     if hasattr(cli.model, "check_before_training"):  # what goes over the model, its data and other models
         cli.model.check_before_training(cli.datamodule, str(cli.trainer.precision))
+    _check_optimizer(cli)
     backbone: Any = getattr(cli.model, "backbone", None)
     if config is not None and backbone.quantization is not None and backbone.adapter is None:
         raise UserError(
@@ -62,6 +64,26 @@ def check_before_training(cli: RecipeCLI, *, verbose: bool, full: bool) -> None:
     if verbose:
         lines = model_lines(cli, report)
         print("\n".join([*lines, "", *report_lines(report)] if full else lines), file=sys.stderr)
+
+
+def _check_optimizer(cli: RecipeCLI) -> None:
+    """An optimizer says what it thinks of its arguments when it is made, which is after the model otherwise."""
+    factory = getattr(cli.model, "optimizer_factory", None)
+    if factory is None:
+        return
+    try:
+        optimizer_state(factory)
+    except ValueError as error:
+        if user_message(error) is not None:
+            raise
+        key: tuple[str, ...] = ("model", "init_args", "optimizer")
+        value: Any = cli.composed.values
+        for part in (*key, "init_args"):
+            value = value.get(part) if isinstance(value, dict) else None
+        # torch names the value, in words of its own: `Invalid learning rate: -1.0`.
+        named = [n for n, v in (value or {}).items() if type(v) in (int, float) and str(error).endswith(f" {float(v)}")]
+        key = (*key, "init_args", named[0]) if len(named) == 1 else key
+        raise UserError(f"{cli.composed.origin(key)}: `{dotted(key)}`: {one_line(error)}") from error
 
 
 def _check_windows(cli: RecipeCLI) -> None:

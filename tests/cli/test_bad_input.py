@@ -129,6 +129,7 @@ LEARNING_RATE = "model.init_args.optimizer.init_args.lr"
         (["--sequence_length", "1.5"], "--sequence_length: `sequence_length` is 1.5; allowed: a whole number or null"),
         (["--data.batch_size", "[2]"], "`data.init_args.batch_size` is [2]; allowed: a whole number"),
         (["--model.optimizer.lr", "fast"], f"--model.optimizer.lr: `{LEARNING_RATE}` is 'fast'; allowed: "),
+        (["--model.optimizer.lr", "-1"], f"--model.optimizer.lr: `{LEARNING_RATE}`: Invalid learning rate: -1.0"),
         (["--model.backbone.init", "zero"], "is 'zero'; allowed: pretrained or random or null"),
         (
             ["--model.backbone.config", "{model_type: stablelm}"],
@@ -145,6 +146,7 @@ LEARNING_RATE = "model.init_args.optimizer.init_args.lr"
         (["--leave_out", "[Troughput]"], "is 'Troughput'; allowed: Throughput or "),
         (["--data.batch_size", "0"], "data.batch_size: 0 is below 1"),
         (["--checkpoint.every_n_steps", "-1"], "checkpoint.every_n_steps: -1 is not allowed; 0 or more"),
+        (["--seed_everything=-1"], "--seed_everything: `seed_everything` is -1; allowed: 0 to 4294967295"),
         (["--seed_everything", "x"], "`seed_everything` is 'x'; allowed: "),
         # classes
         (["--model.objective", "my_los.MyLoss"], "there is no module `my_los`; the working directory and installed"),
