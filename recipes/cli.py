@@ -86,6 +86,7 @@ class RecipeCLI(LightningCLI):
         values = self._values = deepcopy(self.composed.values)
         _place_loggers(values)
         _keep_seed_where_taken(values)
+        _lengthen_rewards(values)
         try:
             self.config = parser.parse_object(deepcopy(values))  # it changes what it is given
         except (ArgumentError, TypeError, ValueError) as error:
@@ -253,6 +254,20 @@ def _keep_seed_where_taken(values: dict[str, Any]) -> None:
             continue  # said, with its place, when the whole is parsed
         if "seed" not in fields:
             del chosen["init_args"]["seed"]
+
+
+def _lengthen_rewards(values: dict[str, Any]) -> None:
+    """Our rewards go by their bare names, as other classes do, though they are imported only when asked for."""
+    from llm_modules.evaluation import __all__ as known
+
+    arguments = (values.get("model") or {}).get("init_args") or {}
+    for key in ("rewards", "costs"):
+        items: Any = arguments.get(key)
+        for place, item in enumerate(items if isinstance(items, list) else []):
+            if isinstance(item, str) and item in known:
+                items[place] = {"class_path": f"llm_modules.evaluation.{item}"}
+            elif isinstance(item, dict) and item.get("class_path") in known:
+                item["class_path"] = f"llm_modules.evaluation.{item['class_path']}"
 
 
 def _place_loggers(values: dict[str, Any]) -> None:

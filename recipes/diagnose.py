@@ -52,7 +52,8 @@ def fields_of(kind: Any, skip: int = 0) -> dict[str, Field]:
         skip: so many of the first ones are given by others (an optimizer's parameters).
     """
     parser = ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_class_arguments(kind, fail_untyped=False, skip={skip} if skip else set())
+    add = parser.add_class_arguments if inspect.isclass(kind) else parser.add_function_arguments
+    add(kind, fail_untyped=False, skip={skip} if skip else set())
     return {action.dest: _field(action.dest, action) for action in _actions(parser) if "." not in action.dest}
 
 
@@ -105,7 +106,7 @@ def find_class(path: str, bases: list[type] | None = None) -> Any:
             f"there is no module `{error.name}`; the working directory and installed packages are searched"
         ) from error
     if not hasattr(module, name):
-        names = [other for other in dir(module) if not other.startswith("_")]
+        names = {other for other in dir(module) if not other.startswith("_")} | set(getattr(module, "__all__", ()))
         raise UserError(f"module `{module_name}` has no `{name}`{nearest(name, names)}")
     return getattr(module, name)
 
@@ -222,12 +223,33 @@ class Diagnosis:
             names = " or ".join(base.__name__ for base in wanted)
             self._say(where, f"`{dotted(where)}` is {path}, which is no {names}")
             return
+        if not inspect.isclass(found) and wanted and not _makes(found, wanted, options):
+            names = " or ".join(base.__name__ for base in wanted)
+            self._say(
+                where, f"`{dotted(where)}` is {path}, a {type(found).__name__}, no {names}{_wrapped(wanted, path)}"
+            )
+            return
         for name in value.keys() - {"class_path", "init_args", "dict_kwargs"}:
             self._say((*key, name), f"unknown key `{dotted((*key, name))}`; beside class_path there is init_args")
         skip = 1 if any(_is_callable(option) for option in options) else 0
         self._mapping(
             (*key, "init_args"), fields_of(found, skip), value.get("init_args"), f"`{path.rpartition('.')[2]}`"
         )
+
+
+def _makes(function: Any, wanted: list[type], options: list[Any]) -> bool:
+    """Whether a function stands for a class: it says that it returns one of those, or a callable is asked for."""
+    made = getattr(function, "__annotations__", {}).get("return")
+    returns = inspect.isclass(made) and any(issubclass(made, base) for base in wanted)
+    return callable(function) and (isinstance(made, str) or returns or any(_is_callable(option) for option in options))
+
+
+def _wrapped(wanted: list[type], path: str) -> str:
+    """How a function is given where the wanted class has one for functions."""
+    if [base.__name__ for base in wanted] != ["Reward"]:
+        return ""
+    reward = "llm_modules.evaluation.FunctionReward"
+    return f"; a function goes in {{class_path: {reward}, init_args: {{function: {path}}}}}"
 
 
 def _some(name: str, fields: dict[str, Field], key: Key) -> str:

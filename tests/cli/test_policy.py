@@ -153,6 +153,11 @@ def test_with_a_critic_it_goes_on_exactly_too(overlay: list[str]) -> None:
         assert state["litrecipes"]["policy"]["critics"][0]["adapter"]["first"]  # what it took out of the base
 
 
+def test_rewards_go_by_their_bare_names() -> None:
+    words = ["--model.rewards", "[ExactAnswer, {class_path: Format, init_args: {pattern: '.*', weight: 0.5}}]"]
+    assert main(["fit", "-c", "rl", *words, "--dry-run"]) == 0
+
+
 def test_safe_rlhf_logs_what_it_holds() -> None:
     assert main(["fit", "-c", "rl", "-c", "safe", "--trainer.max_steps", "8"]) == 0
     found = [row for row in rows(0) if "train/loss" in row]
@@ -198,6 +203,19 @@ def test_what_is_logged_is_of_all_answers_and_each_step_has_something_to_learn(t
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (
+            ["--model.rewards", "[{class_path: own_rewards.vowels}]"],
+            "rewards.0.class_path` is own_rewards.vowels, a function, no Reward; a function goes in {class_path: "
+            "llm_modules.evaluation.FunctionReward, init_args: {function: own_rewards.vowels}}",
+        ),
+        (
+            ["--model.rewards", "[{class_path: FunctionReward, init_args: {function: own_rewards.vowel}}]"],
+            "is 'own_rewards.vowel'; module `own_rewards` has no `vowel` (did you mean `vowels`?)",
+        ),
+        (
+            ["--model.rewards", "[{class_path: llm_modules.evaluation.ExactAnswr}]"],
+            "module `llm_modules.evaluation` has no `ExactAnswr` (did you mean `ExactAnswer`?)",
+        ),
         (["--model.rewards", "[]"], "model.rewards: none that counts"),
         (
             ["--model.rewards.0.init_args.function", "own_rewards.vowls"],
