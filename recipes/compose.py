@@ -87,7 +87,7 @@ def compose(
         if not isinstance(tree.value, dict):
             raise UserError(f"{tree.origin}: a config is a mapping of keys, not a {type(tree.value).__name__}")
         root = merge(root, tree)
-    for key, text in overrides:
+    for key, text in _classes_first(overrides):
         root = merge(root, _override(root, key, text))
     resolve_pluses(root)
     if allowed is not None:
@@ -219,6 +219,24 @@ def _is_path_key(key: str) -> bool:
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
+
+
+def _classes_first(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A flag ``--data.class_path`` before those below ``data.``, which are meant for that class: a class drops the
+    arguments that another was given."""
+    found: list[tuple[str, str]] = []
+    for key, text in overrides:
+        place = len(found)
+        if key.endswith(".class_path"):
+            own, keys = _short(key), [_short(other) for other, _ in found]
+            owner = own.removesuffix("class_path")
+            place = next((at for at, other in enumerate(keys) if other.startswith(owner) and other != own), place)
+        found.insert(place, (key, text))
+    return found
+
+
+def _short(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != "init_args")
 
 
 def _override(root: Node, key: str, text: str, flag: str = "") -> Node:

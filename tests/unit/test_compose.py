@@ -108,6 +108,16 @@ def test_another_class_drops_the_arguments() -> None:
     assert optimizer == {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
 
 
+@pytest.mark.parametrize("key", ["model.optimizer.momentum", "model.init_args.optimizer.init_args.momentum"])
+def test_flags_for_a_class_may_come_before_the_one_that_names_it(key: str) -> None:
+    flags = [(key, "0.9"), ("model.optimizer.class_path", "Adam"), ("model.optimizer.class_path", "torch.optim.SGD")]
+    optimizer = merged("", *flags)["model"]["init_args"]["optimizer"]
+    assert optimizer == {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
+    whole = ("model.optimizer", "{class_path: torch.optim.Adam, init_args: {lr: 1.0}}")
+    optimizer = merged("", *flags, whole)["model"]["init_args"]["optimizer"]
+    assert optimizer == {"class_path": "torch.optim.Adam", "init_args": {"lr": 1.0}}
+
+
 @pytest.mark.parametrize("name", ["torch.optim.AdamW", "AdamW"])
 def test_the_same_class_keeps_them(name: str) -> None:
     values = merged("", ("model.optimizer", name))
