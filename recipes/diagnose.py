@@ -23,7 +23,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from recipes.compose import LINKED, Composed, is_class_name
-from recipes.errors import UserError, nearest, one_line
+from recipes.errors import UserError, near, nearest, one_line
 from recipes.yaml_tree import Key, dotted
 
 _LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
@@ -163,7 +163,8 @@ class Diagnosis:
                 self._value((*key, name), fields[name].type, item)
             else:
                 self._unknown((*key, name), fields, owner)
-        missing = [n for n, f in fields.items() if f.default is inspect.Parameter.empty and n not in value]
+        meant = {near(str(name), fields) for name in value if name not in fields}  # of which that is said already
+        missing = [n for n, f in fields.items() if f.default is inspect.Parameter.empty and n not in {*value, *meant}]
         for name in missing:
             self._say(key, f"`{dotted((*key, name))}` is missing; {owner} needs it")
 

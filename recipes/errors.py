@@ -22,10 +22,15 @@ class RankError(UserError):
     """A mistake that only this rank can see, and that names it: said at once, where others wait for rank 0's word."""
 
 
+def near(word: str, choices: Iterable[str]) -> str | None:
+    """The choice most like the word, if one is."""
+    return next(iter(difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)), None)
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`` (did you mean `x`?)`` for the choice most like the word, or nothing where none is near."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f" (did you mean `{found[0]}`?)" if found else ""
+    found = near(word, choices)
+    return f" (did you mean `{found}`?)" if found else ""
 
 
 def one_line(message: object) -> str:
