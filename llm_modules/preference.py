@@ -91,6 +91,19 @@ class PreferenceModule(LLMModule):
         self._rewards: Tensor | None = None
         self._held_out: list[tuple[LabelledScores, Mapping[str, float], Tensor]] = []
 
+    @property
+    def unread(self) -> list[str]:
+        """What is said of settings that nothing reads."""
+        if self.objective.needs_reference or self.reference == "auto":
+            return []
+        name = type(self.objective).__name__
+        return [f"model.reference: {self.reference} is not read: {name} compares with no reference"]
+
+    def check_before_training(self, data: Any, precision: str) -> None:
+        """Raises a ValueError for a reference that cannot be had, before weights are loaded."""
+        if self.objective.needs_reference:
+            needs_copy(self.backbone.adapter, self.reference)
+
     def configure_model(self) -> None:
         built = self.model is not None
         super().configure_model()

@@ -62,7 +62,7 @@ def check_before_training(cli: RecipeCLI, *, verbose: bool, full: bool) -> None:
     if report is not None:
         _check_windows(cli)
     if verbose:
-        lines = model_lines(cli, report)
+        lines = [*model_lines(cli, report), *getattr(cli.model, "unread", [])]
         print("\n".join([*lines, "", *report_lines(report)] if full else lines), file=sys.stderr)
 
 

@@ -133,7 +133,9 @@ class PolicyModule(LLMModule):
         return int(self.objective.needs_reference and needs_copy(self.backbone.adapter, self.reference))
 
     def check_before_training(self, data: Any, precision: str) -> None:
-        """Raises a ValueError for critics that cannot be built, before weights are loaded."""
+        """Raises a ValueError for critics or a reference that cannot be had, before weights are loaded."""
+        if self.objective.needs_reference:
+            needs_copy(self.backbone.adapter, self.reference)
         self.critics.check(vocabulary=len(self.tokenizer), sequence_length=self.sequence_length, precision=precision)
 
     def configure_model(self) -> None:
