@@ -170,8 +170,11 @@ def runs_of(runs_dir: Path, recipe: str) -> list[RunFolder]:
     return [RunFolder(p, recipe) for p in sorted((p for p in folders if p.name.isdigit()), key=lambda p: int(p.name))]
 
 
-def find_run(runs_dir: Path, recipe: str, number: int | None, *, unfinished: bool) -> RunFolder:
+def find_run(runs_dir: Path, recipe: str, number: int | None, *, unfinished: bool, which: str = "last") -> RunFolder:
     """The run that is meant by ``--run N``, or by its absence: the newest one (that is unfinished, if asked).
+
+    Args:
+        which: checkpoint of it that is asked for, which the error names.
 
     Raises:
         UserError: there is no such run.
@@ -189,7 +192,7 @@ def find_run(runs_dir: Path, recipe: str, number: int | None, *, unfinished: boo
     if not runs:
         kind = "unfinished run" if unfinished else "run"
         raise UserError(
-            f"--ckpt_path last: {parent} has no {kind}; leave the flag out to begin one, or name one: --run N"
+            f"--ckpt_path {which}: {parent} has no {kind}; leave the flag out to begin one, or name one: --run N"
         )
     return runs[-1]
 
@@ -225,15 +228,16 @@ def checkpoint_of(run: RunFolder, which: str) -> Path:
 # --- what is noted --------------------------------------------------------------------------------------------------
 
 
-def write_config(run: RunFolder, text: str) -> None:
-    """Writes config.yaml; one that differs (a resumed run was changed) is kept as config.<k>.yaml."""
-    path = run.path / "config.yaml"
+def write_config(run: RunFolder, text: str) -> Path | None:
+    """Writes config.yaml; one that differs (a resumed run was changed) is kept as config.<k>.yaml, and returned."""
+    path, earlier = run.path / "config.yaml", None
     if path.exists():
         if path.read_text(encoding="utf-8") == text:
-            return
+            return None
         older = len(list(run.path.glob("config.*.yaml")))
-        path.rename(run.path / f"config.{older}.yaml")
+        earlier = path.rename(run.path / f"config.{older}.yaml")
     _write(path, text)
+    return earlier
 
 
 def write_environment(run: RunFolder, command: Sequence[str], config: dict[str, Any]) -> None:

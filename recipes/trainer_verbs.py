@@ -17,6 +17,7 @@ from recipes.errors import UserError, user_message
 from recipes.precision_rules import check_precision
 from recipes.ranks import first_on_each_machine, part_from_the_others, tell_folder, told_folder
 from recipes.requeue import how_to_go_on, requeued_when_told
+from recipes.run_changes import changes
 from recipes.run_folder import (
     FINISHED,
     RunFolder,
@@ -121,7 +122,9 @@ def find_checkpoint(command: Command, composed: Composed) -> tuple[RunFolder | N
             run = RunFolder(told, composed.name)
         else:
             runs_dir = Path(composed.values.get("runs_dir") or "runs")
-            run = find_run(runs_dir, composed.name, command.run, unfinished=command.verb == "fit")
+            run = find_run(
+                runs_dir, composed.name, command.run, unfinished=command.verb == "fit", which=which or "last"
+            )
         if command.verb == "fit" and which != "best" and run.newest_checkpoint() is None:
             return run, None  # killed before its first checkpoint: nothing is lost by beginning it again
         return run, checkpoint_of(run, which or "last")
@@ -187,7 +190,9 @@ def _folder(
         print(f"run: {display(owned.path)}", file=sys.stderr)
     try:
         if command.verb == "fit" or resumed is None:
-            write_config(owned, cli.config_text())
+            earlier = write_config(owned, text := cli.config_text())
+            if earlier is not None and checkpoint is not None:
+                _say_changes(earlier, text)
             write_environment(owned, command.words, cli.composed.values)
         if command.verb != "fit" and resumed is None:
             owned.mark_finished()  # it will never be one to continue
@@ -204,6 +209,12 @@ def _folder(
     finally:
         tell_folder(None)
         owned.release()
+
+
+def _say_changes(earlier: Path, text: str) -> None:
+    """A loss, a model or data that are not those the run began with: allowed, and easily not meant."""
+    if found := changes(earlier.read_text(encoding="utf-8"), text):
+        print(f"continuing with other settings: {', '.join(found)} (before: {earlier.name})", file=sys.stderr)
 
 
 def _notes(run: RunFolder) -> dict[Path, bytes]:

@@ -177,6 +177,11 @@ LEARNING_RATE = "model.init_args.optimizer.init_args.lr"
         (["--data.sources.0.path", "*.csv"], "*.csv"),
         (["-c", "nothing.yaml"], "nothing.yaml: no such config; looked in "),
         (["--ckpt_path", "nothing.ckpt"], "--ckpt_path nothing.ckpt: no such file; `last` continues the newest run"),
+        (
+            ["--data.sources", "[{pth: rows.jsonl}]"],
+            "`data.init_args.sources.0.pth` (did you mean `path`?); `Source` has",
+        ),
+        (["--ckpt_path", "best"], "--ckpt_path best: runs/text has no unfinished run"),
         (["--ckpt_path", "last"], "runs/text has no unfinished run"),
         (["--run", "4"], "--run 4: runs/text has no run 4; there are: none"),
     ],

@@ -175,6 +175,31 @@ def test_a_loss_that_raises_is_shown_with_its_line(capfd: pytest.CaptureFixture[
     assert err.splitlines()[-1].startswith(f"recipes: broken_losses.py:{line}, in losses: RuntimeError: ")
 
 
+def test_a_reference_that_nothing_reads_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["-c", "dpo", "--model.reference", "copy", "--dry-run"]
+    assert main(["fit", *words, "--model.objective", "llm_modules.objectives.SimPO"]) == 0
+    line = "model.reference: copy is not read: SimPO compares with no reference"
+    assert line in capfd.readouterr().err.splitlines()
+    assert main(["fit", *words]) == 0
+    assert "is not read" not in capfd.readouterr().err
+
+
+def test_going_on_with_another_loss_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "-c", "dpo", "--model.objective.class_path", "llm_modules.objectives.DPO"]
+    assert main([*words, "--trainer.max_steps", "2", "--checkpoint.every_n_steps", "2"]) == 0
+    again = ["--run", "0", "--ckpt_path", "last"]
+    capfd.readouterr()
+    assert main([*words, *again, "--trainer.max_steps", "4", "--model.optimizer.lr", "1e-3"]) == 0
+    assert "continuing with other settings" not in capfd.readouterr().err
+    assert main([*words, *again, "--trainer.max_steps", "6", "--model.objective.beta", "0.3"]) == 0
+    line = "continuing with other settings: model.objective.beta 0.1 -> 0.3 (before: config.1.yaml)"
+    assert line in capfd.readouterr().err.splitlines()
+    words[-1] = "llm_modules.objectives.SimPO"
+    assert main([*words, *again, "--trainer.max_steps", "8"]) == 0
+    line = "continuing with other settings: model.objective DPO -> SimPO (before: config.2.yaml)"
+    assert line in capfd.readouterr().err.splitlines()
+
+
 CUTS = """\
 import torch
 from llm_modules.objectives import PreferenceObjective
@@ -220,6 +245,7 @@ def test_a_loss_that_looks_at_the_other_pairs_of_its_micro_batch(name: str, capf
         ([{"prompt": "a", "chosen": "", "rejected": "b"}], [], "pairs.jsonl:1: an empty answer in 'chosen'"),
         ([{"chosen": "a", "rejected": "b"}], [], "pairs.jsonl:1: no prompt"),
         (None, ["--model.reference", "base"], "model.reference: base, but there is no adapter"),
+        (None, ["--model.reference", "base", "--dry-run"], "model.reference: base, but there is no adapter"),
         (None, ["--model.reference", "bass"], "bass"),
         (None, ["--model.objective.beta", "0"], "objective.beta: 0"),
         (None, ["--data.packing", "documents"], "data.packing: 'documents' is not one of batch, none"),
