@@ -57,6 +57,10 @@ class Respondent:
     def __init__(
         self, generator: Generator, rewards: list[Reward], costs: list[Reward], seed: int, engine: VLLM | None = None
     ) -> None:
+        for reward in (*rewards, *costs):
+            if not {"name", "weight"} <= vars(reward).keys():
+                kind = f"{type(reward).__module__}.{type(reward).__qualname__}"
+                raise ValueError(f"reward {kind}: its __init__ must call super().__init__(weight, name), and does not")
         self.generator, self.rewards, self.costs, self.seed = generator, rewards, costs, seed
         self.engine = engine
 

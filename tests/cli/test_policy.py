@@ -62,6 +62,11 @@ def x(answer):
 from llm_modules.evaluation import Reward
 class NoScore(Reward):
     pass
+class Unset(Reward):
+    def __init__(self, weight: float = 1.0):
+        pass
+    def score(self, answers):
+        return [1.0 for answer in answers]
 """
 PPO = "llm_modules.objectives.PPO"
 SAFE = """\
@@ -215,6 +220,10 @@ def test_what_is_logged_is_of_all_answers_and_each_step_has_something_to_learn(t
         (
             ["--model.rewards", "[{class_path: llm_modules.evaluation.ExactAnswr}]"],
             "module `llm_modules.evaluation` has no `ExactAnswr` (did you mean `ExactAnswer`?)",
+        ),
+        (
+            ["--model.rewards", "[own_rewards.Unset]"],
+            "reward own_rewards.Unset: its __init__ must call super().__init__(weight, name), and does not",
         ),
         (["--model.rewards", "[]"], "model.rewards: none that counts"),
         (
