@@ -15,7 +15,7 @@ import yaml
 
 from callbacks.metrics_csv import MACHINE_COLUMNS
 from recipes.__main__ import main
-from tests.cli.test_policy import PPO, RECIPE
+from tests.cli.policy_recipe import PPO, RECIPE
 from tests.distributed.test_strategies import LOSS, WEIGHTS
 from tests.ranks import run_command, said
 

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
 from llm_modules.generation import Generator
 from recipes.__main__ import main
-from tests.cli.test_policy import RECIPE
+from tests.cli.policy_recipe import RECIPE
 from tests.unit.test_generation_rollout import FAMILIES, built, sample
 
 pytestmark = pytest.mark.gpu
