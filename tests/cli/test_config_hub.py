@@ -19,7 +19,7 @@ ROOT = shipped_configs()
 RECIPES = [path for stage in STAGES for path in sorted((ROOT / stage).rglob("*.yaml"))]
 TRAINED = [path for path in RECIPES if path.relative_to(ROOT).parts[0] != "generate"]
 PARTS = [path for path in sorted(ROOT.rglob("*.yaml")) if path not in RECIPES]
-FOLDERS = {*STAGES, "evaluation", "models", "data", "strategies", "precision", "loggers", "adapters"}
+FOLDERS = {*STAGES, "engines", "evaluation", "models", "data", "strategies", "precision", "loggers", "adapters"}
 TINY = {
     "config": {
         "model_type": "llama",
