@@ -88,6 +88,9 @@ class VLLM:
                 "vLLM tells log-probabilities at a temperature only where nothing else changes them; leave out "
                 "temperature, or top_k, top_p, min_p and repetition_penalty"
             )
+        look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+        if subprocess.run([self.python, "-P", "-c", look], env=self._environment()).returncode:
+            return f"{self.python} has no vLLM; install it there, or name another Python: model.engine.python"
         return None
 
     # --- weights
@@ -191,7 +194,7 @@ class VLLM:
 
     # --- the process
 
-    def _start(self, device: torch.device) -> None:
+    def _environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name not in NOT_ITS}
         environment = {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC_")}
         for name, value in {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}.items():
@@ -199,6 +202,10 @@ class VLLM:
         if self.python != sys.executable:
             for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
                 environment.pop(name, None)
+        return environment
+
+    def _start(self, device: torch.device) -> None:
+        environment = self._environment()
         if device.type == "cuda":
             seen = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = seen[device.index] if seen != [""] else str(device.index)

@@ -76,11 +76,13 @@ def _engine_problems(module: Any) -> list[str]:
     engine, backbone = module.engine, module.backbone
     if engine is None:
         return []
-    found = [problem for problem in (engine.problem(module.generator),) if problem is not None]
+    found = []
     if backbone.quantization is not None:
         found.append("a quantized model has no weights to hand over; leave out backbone.quantization, or the engine")
     if backbone.adapter is not None and (reason := unmergeable(adapter_config(backbone.adapter))):
         found.append(f"the adapter is merged into what it takes, and this one cannot be: {reason}; use LoRA")
+    if (problem := engine.problem(module.generator)) is not None:
+        found.append(problem)
     return found
 
 
