@@ -84,15 +84,17 @@ class _Check:
     def judge(self) -> int:
         """Compares with one process; says what is found."""
         ranks = self._read("ranks")
-        rows = ranks["replicas"] * ranks["batch_size"] * ranks["accumulate"]
-        other = other_cut(ranks["batch_size"], rows)
-        if status := self.part("one", cut=f"{other}x{rows // other}"):
+        rows, same, other = cuts(ranks)
+        if status := self.part("one", cut=other):
             return status
         processes = ranks["processes"]
+        size, one = other.split("x")
+        what = f"{rows} rows a step as {ranks['replicas']} x {ranks['batch_size']} x {ranks['accumulate']}"
+        if ranks["prompts"]:
+            what, size = f"the answers to {rows} prompts in {ranks['replicas']} x {ranks['accumulate']} parts", ""
         print(
-            f"gradients: {processes} process{'es' * (processes > 1)} ({ranks['strategy']}, {ranks['device']}), "
-            f"{rows} rows a step as {ranks['replicas']} x {ranks['batch_size']} x {ranks['accumulate']}; "
-            f"one process as {other} x {rows // other}; fp32"
+            f"gradients: {processes} process{'es' * (processes > 1)} ({ranks['strategy']}, {ranks['device']}), {what}; "
+            f"one process as {size and f'{size} x '}{one}; fp32"
         )
         if processes == 1:
             print("one process: nothing is synchronized, and only the micro-batches are compared; see --devices")
@@ -102,21 +104,21 @@ class _Check:
             return 0
         if (apart := ranks_differ(ranks)) is not None:
             return _fail(apart)
-        return _fail(self._micro_batches(ranks, rows) or wrong)
+        return _fail(self._micro_batches(ranks, same) or wrong)
 
-    def _micro_batches(self, ranks: Mapping[str, Any], rows: int) -> str | None:
+    def _micro_batches(self, ranks: Mapping[str, Any], same: str) -> str | None:
         """What is said where one process with the ranks' own micro-batches has the ranks' gradient."""
         from recipes.gradient_difference import difference
 
-        batch_size = ranks["batch_size"]
-        if self.part("same", cut=f"{batch_size}x{rows // batch_size}"):
+        if self.part("same", cut=same):
             return None
         pairs = zip(ranks["steps"], self._read("same")["steps"], strict=True)
         if not all(difference(actual, expected).within for actual, expected in pairs):
             return None
+        cut, size = ("answers", "") if ranks["prompts"] else ("rows", f", of {ranks['batch_size']} rows")
         return (
-            f"the gradient depends on how rows are cut into micro-batches: one process with the ranks' own, of "
-            f"{batch_size} rows, has the ranks' gradient; something is divided by, or averaged over, a micro-batch"
+            f"the gradient depends on how {cut} are cut into micro-batches: one process with the ranks' own{size}, "
+            "has the ranks' gradient; something is divided by, or averaged over, a micro-batch"
         )
 
     def _differences(self, ranks: Mapping[str, Any], one: Mapping[str, Any]) -> str | None:
@@ -147,6 +149,16 @@ class _Check:
 
         kept: dict[str, Any] = torch.load(self.folder / name, mmap=True, weights_only=True)
         return kept
+
+
+def cuts(ranks: Mapping[str, Any]) -> tuple[int, str, str]:
+    """(rows of a step; the ranks' own micro-batches, and others, for one process: ``batch_size x accumulation``)."""
+    batch_size, parts = ranks["batch_size"], ranks["replicas"] * ranks["accumulate"]
+    if ranks["prompts"]:
+        return batch_size, f"{batch_size}x{parts}", f"{batch_size}x{1 if parts > 1 else 2}"
+    rows = parts * batch_size
+    other = other_cut(batch_size, rows)
+    return rows, f"{batch_size}x{rows // batch_size}", f"{other}x{rows // other}"
 
 
 def other_cut(batch_size: int, rows: int) -> int:

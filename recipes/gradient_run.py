@@ -191,6 +191,7 @@ class KeepGradients(Callback):
             "accumulate": trainer.accumulate_grad_batches,
             "replicas": pl_module.replicas[0],
             "packing": getattr(data, "packing", None),
+            "prompts": hasattr(data, "longest_prompt"),  # batch_size is of all ranks, and it is answers that are cut
         }
         torch.save(kept, self._out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import warnings
 from pathlib import Path
 
@@ -172,6 +173,24 @@ def test_ratios_that_are_averaged_over_a_micro_batch(epochs: str, capfd: pytest.
     assert main(["check", "invariance", "-c", "rl", *words]) == 0
     words[1] = "own_ratios.RatiosOfTheMicroBatch"
     assert main(["check", "invariance", "-c", "rl", *words]) == 1
+    assert "the gradient depends on how answers are cut into micro-batches" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_ranks_have_the_gradient_of_one_process(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their answers are cut, and not the prompts, of which all together have ``data.batch_size``."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    Path("own_ratios.py").write_text(RATIOS)
+    words = ["check", "gradients", "-c", "rl", "-c", "strategies/ddp", "--devices", "2"]
+    words += ["--model.epochs", "1", "--model.minibatches", "1", "--model.objective"]
+    assert main([*words, "llm_modules.objectives.GRPO"]) == 0
+    said = capfd.readouterr().out
+    assert "the answers to 4 prompts in 2 x 1 parts; one process as 1; fp32" in said
+    assert said.endswith("passed\n")
+    assert main([*words, "own_ratios.RatiosOfTheMicroBatch"]) == 1
     assert "the gradient depends on how answers are cut into micro-batches" in capfd.readouterr().err
 
 
