@@ -40,7 +40,7 @@ setup-dev: $(DEV_STAMP) ## what the tests need as well
 demo: $(RUN_STAMP) ## tokenizer, pre-training, fine-tuning and a report, on this machine, in minutes
 	@$(BIN)/recipes demo
 
-test: $(DEV_STAMP) ## all tests but test-cluster's (about 20 minutes on two cores)
+test: $(DEV_STAMP) ## all tests but test-cluster's (14 to 20 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not cluster" $(ARGS)
 
 test-fast: $(DEV_STAMP) ## without the slow ones
