@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -107,7 +108,7 @@ class VLLM:
         Raises:
             ValueError: vLLM is not there, does not take the model, or says something else with its weights.
         """
-        asked = (settings, longest, computed_in(model))
+        asked = (replace(settings), longest, computed_in(model))
         if asked != self._opened:
             self.close()
         starts, self._opened = self._process is None, asked
@@ -158,10 +159,8 @@ class VLLM:
                 abs(decoder.logprob(prompt, answer.token_ids) - sum(answer.logprobs)) / len(answer.token_ids)
                 for answer in answers
             ]
-        difference, limit = (
-            max(found, key=lambda off: (off != off, off)),
-            0.01 if computed_in(model) == "float32" else 0.1,
-        )
+        limit = 0.01 if computed_in(model) == "float32" else 0.1
+        difference = max(found, key=lambda off: (math.isnan(off), off))
         if not difference <= limit:  # nor NaN
             self.close()
             raise ValueError(
