@@ -143,7 +143,8 @@ class Respondent:
                 f"model.dynamic_sampling: to none of {asked} prompts did two answers have different rewards; set it to "
                 "1, or give prompts that are sometimes answered well"
             )
-        return _rollouts(batch, kept[:taken], bool(self.costs)), _rollouts(batch, given, bool(self.costs))
+        learned = _rollouts(batch, kept[:taken], bool(self.costs))
+        return learned, learned if factor == 1 else _rollouts(batch, given, bool(self.costs))
 
     def describe(self, rollouts: Rollouts, iteration: int, kept: int, compares: bool) -> dict[str, float]:
         """Numbers to log; what hinders learning is said.
