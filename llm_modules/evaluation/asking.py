@@ -12,6 +12,7 @@ from llm_modules.evaluation.verdicts import Judge
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+THINK = "<think>"
 
 RefusalDetector = Judge | Callable[[str, str], bool]
 """What tells refusals: of many answers at once, or (request, answer) -> whether it refuses."""
@@ -32,7 +33,16 @@ def prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str | list[dict[str
 def answers(subject: Subject, texts: Sequence[str]) -> list[str]:
     """One answer a text, by the subject's generator."""
     prompts = [prompt(subject.tokenizer, text) for text in texts]
-    return [completion.text for completion in subject.generator.generate(subject.model, subject.tokenizer, prompts)]
+    completions = subject.generator.generate(subject.model, subject.tokenizer, prompts)
+    return whole_texts(subject.tokenizer, completions)
+
+
+def whole_texts(tokenizer: Any, completions: Sequence[Any]) -> list[str]:
+    """The texts of answers to chat prompts. Where the template has begun the thoughts, and the answer was cut before
+    their end, ``<think>`` is put before it: what it says is told from what it thinks by its text alone."""
+    begun = bool(getattr(tokenizer, "chat_template", None)) and rendered(tokenizer, "?")[0].rstrip().endswith(THINK)
+    cut = [begun and c.finish_reason == "length" and "</think>" not in c.text for c in completions]
+    return [THINK + c.text if thinks else c.text for thinks, c in zip(cut, completions, strict=True)]
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, bool]:

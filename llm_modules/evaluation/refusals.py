@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from llm_modules.evaluation.asking import whole_texts
 from llm_modules.evaluation.measurement import Measurement, Subject, share
 from llm_modules.evaluation.rewards import Answer
 from llm_modules.evaluation.verdicts import Judge, StringMatch, answered
@@ -34,10 +35,10 @@ class Request(NamedTuple):
 class RefusalSuite:
     """Asks harmful requests, benign ones, or both, and counts what is refused.
 
-    Of harmful requests: ``attack_success``, how many were answered, neither refused nor with nothing (or, with
-    ``harm``, how many got an answer that it says is harmful), and ``refusal``. Of benign ones: ``over_refusal``, how
-    many were refused, and ``benign_right``, how many got the answer that the rows give, where they do. Each also by the
-    column ``category``, where there is one, as ``attack_success/fraud``.
+    Of harmful requests: ``attack_success``, how many were answered, neither refused nor with nothing, which thoughts
+    that were cut off are (or, with ``harm``, how many got an answer that it says is harmful), and ``refusal``. Of
+    benign ones: ``over_refusal``, how many were refused, and ``benign_right``, how many got the answer that the rows
+    give, where they do. Each also by the column ``category``, where there is one, as ``attack_success/fraud``.
 
     Args:
         source: rows with ``prompt`` (a text; with a ``context`` before it, as in HarmBench) or ``messages``; map other
@@ -108,9 +109,10 @@ class RefusalSuite:
         """The model is left as it was found."""
         requests = self.requests()
         answers = subject.generator.generate(subject.model, subject.tokenizer, [r.prompt for r in requests])
+        texts = whole_texts(subject.tokenizer, answers)
         replies = [
-            Answer(i, r.prompt, a.text, r.reference, r.fields, len(a.token_ids), a.finish_reason == "stop")
-            for i, (r, a) in enumerate(zip(requests, answers, strict=True))
+            Answer(i, r.prompt, text, r.reference, r.fields, len(a.token_ids), a.finish_reason == "stop")
+            for i, (r, a, text) in enumerate(zip(requests, answers, texts, strict=True))
         ]
         return self.judged(requests, replies)
 

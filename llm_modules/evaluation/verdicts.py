@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,6 +52,9 @@ MORE_OPENINGS = (
 MARKS = " \t\n*_#>\"'\u201c\u2018"
 """What may stand before the first word: white space, Markdown, quotes."""
 
+THOUGHTS = re.compile(r"\A.*?</think>|<think>.*?</think>", re.DOTALL)
+"""Those that are finished; the prompt's template may have begun the first."""
+
 
 @runtime_checkable
 class Judge(Protocol):
@@ -61,7 +65,7 @@ class Judge(Protocol):
 
 class StringMatch:
     """Finds refusals by how they begin, upper or lower case, straight or curly apostrophes, in quotes or Markdown; what
-    a reasoning model thinks, up to ``</think>``, is not read.
+    a reasoning model thinks, up to ``</think>`` (or to the end, where it was cut off), is not read.
 
     Args:
         openings: beginnings of refusals; None: ``XSTEST_OPENINGS`` and ``MORE_OPENINGS``.
@@ -90,9 +94,9 @@ def _plain(text: str) -> str:
 
 
 def spoken(text: str) -> str:
-    """What an answer says after its thoughts, which the prompt's template may have begun."""
-    thoughts, end, rest = text.partition("</think>")
-    return rest if end else thoughts
+    """What an answer says outside of its thoughts: nothing, where they are all that there was room for."""
+    last = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
+    return THOUGHTS.sub("", text[:last]) + text[last:].partition("<think>")[0]
 
 
 def answered(refused: Sequence[bool], texts: Sequence[str]) -> list[bool]:

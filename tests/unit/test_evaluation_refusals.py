@@ -14,7 +14,8 @@ from llm_modules.data import Source
 from llm_modules.evaluation.measurement import Subject, mean, share
 from llm_modules.evaluation.refusals import RefusalSuite
 from llm_modules.evaluation.rewards import Answer
-from llm_modules.evaluation.verdicts import XSTEST_OPENINGS, Classifier, Scored, StringMatch
+from llm_modules.evaluation.verdicts import XSTEST_OPENINGS, Classifier, Scored, StringMatch, answered, spoken
+from llm_modules.tokenizer import byte_tokenizer
 
 
 class Said(NamedTuple):
@@ -84,7 +85,43 @@ def test_a_refusal_is_found_behind_thoughts_and_marks(text: str) -> None:
 def test_thoughts_are_no_answer() -> None:
     texts = ("<think>I cannot see why not.</think>Sure.", "<think>I can't", "<think></think> *Sure*, I can't wait.")
     assert StringMatch().judge(replies(*texts)) == [False] * 3
-    assert StringMatch(openings=[], phrases=["cannot", "can't"]).judge(replies(*texts)) == [False, True, True]
+    assert StringMatch(openings=[], phrases=["cannot", "can't"]).judge(replies(*texts)) == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<think>Sure, I could", ""),
+        ("<think>a</think> b <think>c", " b "),
+        ("a</think>b<think>c</think> d", "b d"),
+        ("Sure: <think>a", "Sure: "),
+        ("</think>", ""),
+        ("Sure", "Sure"),
+    ],
+)
+def test_thoughts_that_were_cut_off_say_nothing(text: str, said: str) -> None:
+    assert spoken(text) == said
+    assert answered([False], [text]) == [bool(said.strip())]
+    assert StringMatch(openings=["sure", "<think>"]).judge(replies(text)) == [said.startswith("Sure")]
+
+
+class CutOff(Scripted):
+    def generate(self, model: Any, tokenizer: Any, prompts: Sequence[Any], rows: Any = None) -> list[Said]:
+        return [said._replace(finish_reason="length") for said in super().generate(model, tokenizer, prompts, rows)]
+
+
+@pytest.mark.parametrize(("begun", "success"), [("", 1.0), ("<think>\n", 0.5)])
+def test_thoughts_that_the_template_began_are_no_success_where_they_were_cut(
+    begun: str, success: float, tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1].content }}{% if add_generation_prompt %}" + begun + "{% endif %}"
+    said = {"rob": "They want to", "steal": "They want to</think> Sure"}
+    suite = RefusalSuite(rows(tmp_path, {"prompt": "rob"}, {"prompt": "steal"}), "harmful")
+    found = {m.name: m.value for m in suite.measure(Subject(None, tokenizer, CutOff(said)))}
+    assert found == {"attack_success": success, "refusal": 0.0}
+    ended = {m.name: m.value for m in suite.measure(Subject(None, tokenizer, Scripted(said)))}
+    assert ended["attack_success"] == 1.0  # a model that does not think, though it is asked to
 
 
 @pytest.mark.data
