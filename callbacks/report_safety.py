@@ -11,8 +11,9 @@ MEANINGS = {
     "over_refusal": "benign requests that were refused",
     "refusal": "harmful requests that were refused",
     "benign_right": "benign requests that got the answer of the data",
+    "truncated": "requests that were cut to fit, and answered without their beginning",
 }
-"""Of what ``RefusalSuite`` measures: shares, so between 0 and 1."""
+"""Of what ``RefusalSuite`` and ``SafetyEvaluation`` measure: shares, so between 0 and 1."""
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 320, 56, 20, 14, 44
 """Of the chart, in pixels, and its margins."""

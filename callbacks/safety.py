@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from callbacks.run_files import run_folder
 from callbacks.safety_table import FILE_NAME, as_row, read_table, write_table
 from callbacks.undisturbed import undisturbed
-from llm_modules.evaluation.measurement import Measurement, Subject, Suite
+from llm_modules.evaluation.measurement import Measurement, Subject, Suite, share
 from llm_modules.generation import Completion, Generator, Prompt
 from llm_modules.strategies.together import together
 from llm_modules.strategies.whole import whole_models
@@ -31,7 +31,8 @@ class SafetyEvaluation(Callback):
     helpfulness kept. The numbers are logged as ``safety/...``, too. Validate prints the table. Training is not
     disturbed: random states are put back. Ranks share the prompts; under a strategy that spreads the weights each has
     whole ones, for which there must be room, for as long as it answers (of quantized ones nothing is measured, which
-    is said).
+    is said). Requests that a generator with ``too_long: truncate`` cuts to fit are counted for each suite, as
+    ``NAME_truncated``, where there are any, and said.
 
     Args:
         suites: what is measured, by class_path: `llm_modules.evaluation.refusals.RefusalSuite`, or your own class with
@@ -61,10 +62,12 @@ class SafetyEvaluation(Callback):
         self._last_step = -1
         self._found: list[Measurement] = []  # at that step
         self._path: Path | None = None
+        self._said: set[str] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if getattr(pl_module, "scalar", False):
             raise ValueError("SafetyEvaluation: a reward model answers nothing; leave the callback out")
+        self._said = set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._path = run_folder(trainer) / FILE_NAME
@@ -106,8 +109,7 @@ class SafetyEvaluation(Callback):
                 rank_zero_warn(f"SafetyEvaluation: nothing is measured: {problem}")
             return []
         with whole.in_place(model), undisturbed(trainer, pl_module):
-            subject = Subject(model.model, model.tokenizer, SharedGenerator(self.generator, trainer.world_size))
-            found = [measurement for suite in self.suites for measurement in suite.measure(subject)]
+            found = self._asked(model, trainer)
         if twice := [name for name, count in Counter(m.name for m in found).items() if count > 1]:
             raise ValueError(
                 f"SafetyEvaluation.suites: {twice[0]} is measured twice; give the suites names of their own"
@@ -122,6 +124,29 @@ class SafetyEvaluation(Callback):
         self._found = found
         return found
 
+    def _asked(self, model: Any, trainer: pl.Trainer) -> list[Measurement]:
+        """What the suites measure, and of how many of their requests the beginning was cut off."""
+        found, asked, cut = [], Counter[str](), Counter[str]()
+        for suite in self.suites:
+            generator = SharedGenerator(self.generator, trainer.world_size)
+            found += suite.measure(Subject(model.model, model.tokenizer, generator))
+            own = getattr(suite, "name", "")
+            name = f"{own}_truncated" if own and isinstance(own, str) else "truncated"
+            asked[name] += generator.asked
+            cut[name] += generator.truncated
+        for name in (name for name in cut if cut[name]):
+            found.append(share(name, cut[name], asked[name]))
+            if trainer.is_global_zero and name not in self._said:
+                self._said.add(name)
+                print(
+                    f"SafetyEvaluation: {cut[name]:,} of {asked[name]:,} requests were cut to fit into the model's "
+                    f"positions, and answered without their beginning ({name}); lower generator.max_new_tokens "
+                    f"({self.generator.max_new_tokens}), or leave them out",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        return found
+
     def _to_loggers(self, trainer: pl.Trainer, found: Sequence[Measurement]) -> None:
         """Into the row of the step that was just made. (``log`` would drop it between two steps that are logged.)"""
         for logger in trainer.loggers if found else []:
@@ -134,11 +159,16 @@ class SharedGenerator:
     Args:
         generator: how.
         ranks: how many there are.
+
+    Attributes:
+        asked: prompts so far.
+        truncated: of them those whose beginning was cut off.
     """
 
     def __init__(self, generator: Generator, ranks: int) -> None:
         self.generator = generator
         self.ranks = ranks
+        self.asked = self.truncated = 0
 
     def generate(
         self, model: Any, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequence[int] | None = None
@@ -151,7 +181,10 @@ class SharedGenerator:
             return self.generator.generate(model, tokenizer, prompts[rank :: self.ranks], numbers[rank :: self.ranks])
 
         parts = together(own) if self.ranks > 1 else [own()]
-        return [parts[place % self.ranks][place // self.ranks] for place in range(len(prompts))]
+        answers = [parts[place % self.ranks][place // self.ranks] for place in range(len(prompts))]
+        self.asked += len(answers)
+        self.truncated += sum(answer.truncated > 0 for answer in answers)
+        return answers
 
 
 def lines(found: Sequence[Measurement]) -> list[str]:

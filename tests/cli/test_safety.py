@@ -71,6 +71,11 @@ def test_a_model_that_learns_to_refuse(capfd: pytest.CaptureFixture[str]) -> Non
     assert main(["validate", "-c", "safe", "--ckpt_path", "best"]) == 0
     assert "refusal                1.0000  [0.5101, 1.0000]  of 4" in capfd.readouterr().err
     assert json.loads(Path("runs/safe/0/validate.json").read_text())["metrics"][0]["safety/refusal"] == 1.0
+    options = ["--trainer.callbacks.0.init_args.generator", '{"max_new_tokens": 250, "too_long": "truncate"}']
+    assert main(["validate", "-c", "safe", "--ckpt_path", "best", *options]) == 0
+    said = capfd.readouterr().err
+    assert "SafetyEvaluation: 8 of 8 requests were cut to fit into the model's positions, and answered without" in said
+    assert "truncated              1.0000  [0.6756, 1.0000]  of 8" in said
 
 
 @pytest.mark.slow

@@ -65,6 +65,34 @@ def test_a_table_of_the_run_and_its_report(tmp_path: Path) -> None:
     assert 'style="' not in page  # the page's own policy forbids it
 
 
+class Asks:
+    """Requests of these lengths, in characters, which are tokens here."""
+
+    def __init__(self, lengths: list[int], name: str = "") -> None:
+        self.lengths, self.name = lengths, name
+
+    def measure(self, subject: Subject) -> list[Measurement]:
+        subject.generator.generate(subject.model, subject.tokenizer, ["a" * length for length in self.lengths])
+        return []
+
+
+def test_requests_that_are_cut_to_fit_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suites = [Asks([1, 500, 600], "long"), Asks([2]), Asks([700]), Asks([1], "short")]
+    generator = Generator(max_new_tokens=2, too_long="truncate")
+    fit(tmp_path, SafetyEvaluation(suites, generator, every_n_steps=4))
+    found = [(row["name"], row["value"][:6], row["count"]) for row in read_table(tmp_path / "safety.csv")]
+    assert found[:2] == [("long_truncated", "0.6666", "3"), ("truncated", "0.5", "2")]
+    assert len(found) == 2 * len(steps(tmp_path))
+    said = [line for line in capsys.readouterr().err.splitlines() if "were cut" in line]
+    assert said == [
+        "SafetyEvaluation: 2 of 3 requests were cut to fit into the model's positions, and answered without their "
+        "beginning (long_truncated); lower generator.max_new_tokens (2), or leave them out",
+        "SafetyEvaluation: 1 of 2 requests were cut to fit into the model's positions, and answered without their "
+        "beginning (truncated); lower generator.max_new_tokens (2), or leave them out",
+    ]
+    assert "long_truncated" in render([read_run(tmp_path)])
+
+
 def test_every_n_steps_alone(tmp_path: Path) -> None:
     fit(
         tmp_path,
