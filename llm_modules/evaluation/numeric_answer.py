@@ -28,6 +28,7 @@ SCIENTIFIC = re.compile(
 )
 POWER = re.compile(r"(?<![\w.,])(\d{1,20}(?:\.\d{1,20})?)\s?\^\s?(?:\{\s?(-?\d{1,2})\s?\}|(-?\d{1,2}))(?!\d)")
 BOXED = re.compile(r"\\f?boxed\s*\{")
+BOX_FIRST = re.compile(r"[\s*`$]*(?:\\[(\[]\s*)?(\\f?boxed\s*\{)")
 
 BEFORE = re.compile(r"(?:[a-zA-Z\]}]\{|\\sqrt\s?|\\frac\s?)$")
 AFTER = re.compile(r"\s?(?:\\[a-zA-Z]|[\^_\u00bc-\u00be\u2150-\u215e])|[,:]\d")
@@ -55,11 +56,13 @@ class Number(NamedTuple):
 class NumericAnswer(Reward):
     """Whether the answer's number is the reference's: compared exactly, as fractions, or within ``tolerance``.
 
-    The number of a text is the one after the last ``marker``; without a marker that in the last ``\\boxed{}``; an
-    answer without either has its last number. Read are signs, decimals, exponents, powers, thousands in commas,
-    fractions (3/4, 1 3/4, ``\\frac{3}{4}``), currency signs and units (left out) and percent: where only one of the two
-    has the sign, 25% is 25 or 0.25. What is in a box, and a reference, has to be a number as a whole: ``2\\sqrt{3}``,
-    ``25\\pi``, ``(3, 4)`` and ``2x`` are none. An answer with such a box is wrong; such a reference is an error.
+    The number of a text is the one after the last ``marker``, in a box or not; without a marker that in the last
+    ``\\boxed{}``; an answer without either has its last number. Several numbers in the line after a marker
+    (``#### 72 or 73``, ``#### 60 + 12 = 72``) are none: GSM8K's form is a single one. Read are signs, decimals,
+    exponents, powers, thousands in commas, fractions (3/4, 1 3/4, ``\\frac{3}{4}``), currency signs and units (left
+    out) and percent: where only one of the two has the sign, 25% is 25 or 0.25. What is in a box, and a reference, has
+    to be a number as a whole: ``2\\sqrt{3}``, ``25\\pi``, ``(3, 4)`` and ``2x`` are none. An answer with such a box is
+    wrong; such a reference is an error.
 
     Args:
         marker: what announces the number, as GSM8K's ``####``; empty: there is none.
@@ -102,7 +105,8 @@ class NumericAnswer(Reward):
 
     def _known(self, answer: Answer) -> Number:
         text = answer.reference
-        if (known := plain_number(_marked(text, self.marker) or _boxed(text) or text)) is None:
+        marked = _marked(text, self.marker)
+        if (known := plain_number(_unboxed(marked) if marked else _boxed(text) or text)) is None:
             raise RowError(
                 answer.row, f"no number in the reference {text[-60:]!r}; give it alone, or leave the row out"
             )
@@ -120,14 +124,15 @@ def find_number(text: str, marker: str = "####", *, last: bool = True) -> Number
 
     Args:
         text: of an answer or a reference.
-        marker: the first number after its last place is the answer; empty: there is no marker.
+        marker: the number after its last place is the answer, if the line has no other; empty: there is no marker.
         last: without marker and ``\\boxed{}``, take the last number of all.
     """
     if (marked := _marked(text, marker)) is not None:
-        return plain_number(marked) or _number(marked, 0)
+        said = _unboxed(marked)
+        return plain_number(said) or (None if said != marked else _only_number(marked))
     if (boxed := _boxed(text)) is not None:
         return plain_number(boxed)
-    return _number(text, -1) if last else None
+    return _last_number(text) if last else None
 
 
 def plain_number(text: str) -> Number | None:
@@ -144,13 +149,27 @@ def plain_number(text: str) -> Number | None:
     return Number(value, number["percent"] is not None) if UNIT.fullmatch(unit) and not NO_UNIT.search(unit) else None
 
 
-def _number(text: str, place: int) -> Number | None:
-    """The first (0) or last (-1) number in a text; None: there is none, or it is a part of something else."""
+def _only_number(text: str) -> Number | None:
+    """The number of the first line that has any; None: it has several, or there is none."""
+    for line in _simple(text).splitlines():
+        if found := _numbers(line):
+            return _whole(line, *found[0]) if len({value for _, value in found}) == 1 else None
+    return None
+
+
+def _last_number(text: str) -> Number | None:
+    """The last number in a text; None: there is none, or it is a part of something else."""
     text = _simple(text)
-    found = [(match, value) for match in NUMBER.finditer(text) if (value := _value(match)) is not None]
-    if not found:
-        return None
-    match, value = found[place]
+    found = _numbers(text)
+    return _whole(text, *found[-1]) if found else None
+
+
+def _numbers(text: str) -> list[tuple[re.Match[str], Fraction]]:
+    return [(match, value) for match in NUMBER.finditer(text) if (value := _value(match)) is not None]
+
+
+def _whole(text: str, match: re.Match[str], value: Fraction) -> Number | None:
+    """The number of a match; None: it is a part of something else."""
     if BEFORE.search(text, max(0, match.start() - 8), match.start()) or AFTER.match(text, match.end()):
         return None
     return Number(value, match["percent"] is not None)
@@ -164,8 +183,10 @@ def _simple(text: str) -> str:
 
 
 def _fraction(match: re.Match[str]) -> str:
-    """``3\\frac{1}{2}`` is 3 1/2, not 31/2."""
+    """``3\\frac{1}{2}`` is 3 1/2, not 31/2; what is too long, or divides by 0, is left as it is."""
     whole, *parts = match.groups()
+    if len(match[0]) > LONGEST:
+        return match[0]
     top, bottom = (Fraction((part or digit).replace(",", "")) for part, digit in (parts[:2], parts[2:]))
     if not bottom:
         return match[0]
@@ -193,6 +214,15 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 def _marked(text: str, marker: str) -> str | None:
     return text.rpartition(marker)[2] if marker and marker in text else None
+
+
+def _unboxed(text: str) -> str:
+    """What is in the box that a text begins with, if its line has no other number; the text, where there is no box."""
+    if (box := BOX_FIRST.match(text)) is None:
+        return text
+    line = text[box.start(1) :].partition("\n")[0]
+    several = len({value for _, value in _numbers(_simple(line))}) > 1
+    return "" if several else _boxed(line) or ""
 
 
 def _boxed(text: str) -> str | None:
