@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 
 from llm_modules.evaluation import Answer, ExactAnswer, Format, FunctionReward, Reward
+
+ROOT = Path(__file__).parents[2]
 
 
 def answers(*texts: str, first: int = 10) -> list[Answer]:
@@ -295,3 +298,12 @@ def test_a_name_that_is_not_there() -> None:
 
     with pytest.raises(AttributeError, match="has no attribute 'Numeric'"):
         _ = llm_modules.evaluation.Numeric
+
+
+@pytest.mark.parametrize("name", ["safe-rlhf-quickstart", "safe-rlhf-models"])
+def test_what_safe_rlhf_calls_a_vowel_is_what_is_right_as_one(name: str) -> None:
+    """A right vowel is costly however much space is around it: the reward looks past it, so the cost must."""
+    recipe = yaml.safe_load((ROOT / f"configs/safety/{name}.yaml").read_text())
+    (cost,) = (c for c in recipe["model"]["init_args"]["costs"] if c["class_path"].endswith("Format"))
+    answers = [Answer(i, "", text, "a") for i, text in enumerate(("a", " a", "a\n", " \ta ", "b", "a b", ""))]
+    assert Format(**cost["init_args"])(answers) == ExactAnswer()(answers) == [1.0] * 4 + [0.0] * 3
