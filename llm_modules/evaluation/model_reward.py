@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llm_modules.evaluation.plain_answers import encode_conversation
 from llm_modules.evaluation.rewards import Answer, Reward, RowError, each
 from llm_modules.folders import local_folder
 
@@ -19,7 +20,8 @@ class ModelReward(Reward):
     """The score of a reward model for the conversation that the answer ends, under the model's own chat template.
 
     The model is opened by transformers' ``AutoModelForSequenceClassification`` at the first score, moves to ``device``,
-    is in evaluation mode, has no gradients, and is in nobody's state dict. ``recipes score`` gives the same numbers.
+    is in evaluation mode, has no gradients, and is in nobody's state dict. ``recipes score`` gives the same numbers,
+    but for answers that spell special tokens: here these stay text, so that no answer ends its turn and praises itself.
 
     Args:
         model: folder (as ``RewardModule`` exports), its run, or hub id of a classifier with one label.
@@ -71,6 +73,11 @@ class ModelReward(Reward):
             own = load_tokenizer(self.source)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
+        if not own.is_fast:
+            raise ValueError(
+                f"{key} has a tokenizer that does not tell where its tokens stand in a text, which is needed to keep "
+                "special tokens out of answers; save it with a tokenizer.json"
+            )
         if not own.chat_template:
             raise ValueError(f"{key} has no chat template, under which it was trained; save its tokenizer with one")
         mine, other = own.get_vocab(), tokenizer.get_vocab()
@@ -125,12 +132,11 @@ class ModelReward(Reward):
         return scores
 
     def _encoded(self, answer: Answer) -> list[int]:
-        """The conversation's ids, as ``recipes score`` writes it."""
+        """The conversation's ids."""
         prompt = answer.prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         assert self._tokenizer is not None
-        encoded: Any = self._tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer.text}])
-        return encoded["input_ids"]
+        return encode_conversation(self._tokenizer, [*messages, {"role": "assistant", "content": answer.text}])
 
     def _scores(self, model: Any, ids: list[list[int]]) -> list[float]:
         """Of rows padded on the right. A classifier finds a row's end as the last id that is not the padding's, so the
