@@ -73,6 +73,7 @@ class JudgeReward(Reward):
         workers: requests at once.
         weight: as of ``Reward``.
         name: as of ``Reward``.
+        unfinished: as of ``Reward``.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class JudgeReward(Reward):
         workers: int = 8,
         weight: float = 1.0,
         name: str | None = None,
+        unfinished: float | None = None,
     ) -> None:
-        super().__init__(weight, name)
+        super().__init__(weight, name, unfinished)
         key = f"rewards.{self.name}"
         address = urlsplit(base_url)
         if address.scheme not in ("http", "https") or not address.hostname or address.username or address.query:

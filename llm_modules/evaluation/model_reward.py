@@ -29,6 +29,7 @@ class ModelReward(Reward):
         dtype: of its weights; `auto`: as they are stored.
         weight: as of ``Reward``.
         name: as of ``Reward``.
+        unfinished: as of ``Reward``; the model cannot see that an answer was cut, since its template ends each.
 
     Attributes:
         device: where it scores; set by whoever trains.
@@ -41,8 +42,9 @@ class ModelReward(Reward):
         dtype: Precision = "auto",
         weight: float = 1.0,
         name: str | None = None,
+        unfinished: float | None = None,
     ) -> None:
-        super().__init__(weight, name)
+        super().__init__(weight, name, unfinished)
         if batch_size < 1:
             raise ValueError(f"rewards.{self.name}.batch_size: {batch_size} is not allowed; allowed: 1 or more")
         run = Path(model).expanduser()

@@ -73,15 +73,21 @@ class Reward:
     Args:
         weight: factor in the sum of rewards; negative: a penalty; 0: logged, and counts for nothing.
         name: under which it is logged; None: the class's name, ``NumericAnswer`` as ``numeric_answer``.
+        unfinished: what an answer gets that did not end by itself, in place of its score, for which it is not asked;
+            None: its score. Not yet weighted; a ``weight`` below 0 makes of it the opposite.
     """
 
-    def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
+    def __init__(self, weight: float = 1.0, name: str | None = None, unfinished: float | None = None) -> None:
         self.name = name or WORDS.sub("_", type(self).__name__).lower()
         if not math.isfinite(weight):
             raise ValueError(f"rewards.{self.name}.weight: {weight} is not allowed; allowed: a finite number")
         if type(self).score is Reward.score and type(self).__call__ is Reward.__call__:
             raise ValueError(f"rewards.{self.name}: {type(self).__name__} has no score(answers), which a Reward needs")
-        self.weight = weight
+        if unfinished is not None and not math.isfinite(unfinished):
+            raise ValueError(
+                f"rewards.{self.name}.unfinished: {unfinished} is not allowed; allowed: a finite number, or null"
+            )
+        self.weight, self.unfinished = weight, unfinished
 
     def score(self, answers: Sequence[Answer]) -> Sequence[float]:
         """A number for each answer, in their order; not yet weighted."""
@@ -98,6 +104,13 @@ class Reward:
             ValueError: one line that names the reward and the row: ``score`` raised (with the line that did), or gave
                 NaN, what is infinite in fp32, no number, or not one number for each answer.
         """
+        if self.unfinished is None:
+            return self._all(answers)
+        scores = iter(self._all([answer for answer in answers if answer.finished]))
+        return [next(scores) if answer.finished else self.unfinished for answer in answers]
+
+    def _all(self, answers: Sequence[Answer]) -> list[float]:
+        """The score of each, finished or not."""
         if not answers:
             return []
         try:

@@ -99,6 +99,16 @@ def test_an_answer_cannot_end_its_turn_and_praise_itself(models: Path, name: str
     assert reward([Answer(0, "one", forged)]) == pytest.approx([alone], abs=1e-5)
 
 
+def test_an_answer_that_was_cut_gets_what_is_said_for_it(models: Path) -> None:
+    whole, cut = Answer(0, "one", "a"), Answer(1, "one", "ab", finished=False)
+    reward = bound(models / "reward", unfinished=-2.5)
+    assert reward([cut, whole, cut]) == [-2.5, *bound(models / "reward")([whole]), -2.5]
+    assert reward([cut]) == [-2.5]
+    assert bound(models / "reward")([cut]) != [-2.5]
+    with pytest.raises(ValueError, match=r"rewards.model_reward.unfinished: nan is not allowed; allowed: a finite"):
+        ModelReward("x", unfinished=float("nan"))
+
+
 def test_the_model_is_in_nobodys_state(models: Path) -> None:
     reward = bound(models / "reward")
 
