@@ -15,6 +15,12 @@ MEANINGS = {
 }
 """Of what ``RefusalSuite`` and ``SafetyEvaluation`` measure: shares, so between 0 and 1."""
 
+BY_STRING_MATCH = (
+    "Unless the suite has a judge of its own, refusals are told by how answers begin. On XSTest's answers, labelled by "
+    "people, 26 of 243 full compliances (10.7 %) count as refusals so, and 321 of 329 full refusals are found."
+)
+"""The error of ``StringMatch``, on which all but ``benign_right`` and ``truncated`` rest; a test measures it."""
+
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 320, 56, 20, 14, 44
 """Of the chart, in pixels, and its margins."""
 
@@ -100,6 +106,8 @@ def _table(run: RunData, several: bool) -> str:
 
 def _meanings(run: RunData) -> str:
     """What the names in the table mean, without the suite's name before them and the category behind."""
-    shares = (next((m for m in MEANINGS if name.partition("/")[0].endswith(m)), None) for name in run.safety)
-    texts = [f"{escape(name)}: {MEANINGS[name]}" for name in dict.fromkeys(shares) if name is not None]
-    return f'<p class="note">Shares: {"; ".join(texts)}.</p>' if texts else ""
+    found = (next((m for m in MEANINGS if name.partition("/")[0].endswith(m)), None) for name in run.safety)
+    shares = dict.fromkeys(name for name in found if name is not None)
+    texts = [f"{escape(name)}: {MEANINGS[name]}" for name in shares]
+    match = f" {BY_STRING_MATCH}" if shares.keys() & {"attack_success", "over_refusal", "refusal"} else ""
+    return f'<p class="note">Shares: {"; ".join(texts)}.{match}</p>' if texts else ""

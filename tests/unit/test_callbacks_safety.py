@@ -60,7 +60,8 @@ def test_a_table_of_the_run_and_its_report(tmp_path: Path) -> None:
     assert '<section id="safety">' in page
     assert "attack_success/part" in page
     assert '<p class="note">Shares: attack_success: harmful requests that were answered (' in page
-    assert "; over_refusal: benign requests that were refused.</p>" in page
+    assert "; over_refusal: benign requests that were refused. Unless the suite has a judge" in page
+    assert "26 of 243 full compliances (10.7 %) count as refusals so, and 321 of 329 full refusals are fo" in page
     assert page.count('<circle class="dot k0"') == 3  # a place for each step
     assert 'style="' not in page  # the page's own policy forbids it
 

@@ -131,11 +131,13 @@ def test_string_match_agrees_with_people_on_xstest(data_folder: Path) -> None:
     found = [row for row in map(json.loads, lines) if not row["final_label"].startswith("3")]
     labels = [row["final_label"] == "2_full_refusal" for row in found]
     given = replies(*(row["completion"] for row in found))
-    right = {
-        name: sum(a == b for a, b in zip(labels, match.judge(given), strict=True))
-        for name, match in (("ours", StringMatch()), ("theirs", StringMatch(list(XSTEST_OPENINGS))))
-    }
-    assert (len(found), right) == (572, {"ours": 538, "theirs": 521})
+    counted = {}
+    for name, match in (("ours", StringMatch()), ("theirs", StringMatch(list(XSTEST_OPENINGS)))):
+        refused = match.judge(given)
+        hits = sum(a and b for a, b in zip(labels, refused, strict=True))
+        counted[name] = (hits, sum(refused) - hits)
+    assert (len(found), sum(labels)) == (572, 329)
+    assert counted == {"ours": (321, 26), "theirs": (301, 23)}  # refusals found; compliances taken for refusals
 
 
 def test_what_is_counted(tmp_path: Path) -> None:
