@@ -199,9 +199,18 @@ class PreferenceModule(LLMModule):
             output = self._labelled_step(self.objective, batch)
         else:
             output = self.objective(self._pair_scores(self.model.computable(batch)))
+        output = _loss_is_the_total(output, self.objective)
         for term in output.terms.values():
             term.sum = term.sum.float()  # which loss scales and strategies expect
         return output
+
+    def _add_sums(self, output: ObjectiveOutput, batch: Any) -> None:
+        """Of several terms also the total: what is minimized is what callbacks go by."""
+        if "loss" not in output.terms:
+            count = next(iter(output.terms.values())).count
+            total = _total((term.weight, term.sum.detach(), self._window[term.count]) for term in output.terms.values())
+            output.metrics["loss"] = (total * self._window[count], count)
+        super()._add_sums(output, batch)
 
     def _pair_scores(self, batch: PreferenceBatch) -> PairScores:
         assert self.model is not None
@@ -297,8 +306,23 @@ class PreferenceModule(LLMModule):
             assert isinstance(self.objective, LabelledObjective)
             point = self._point_of(self.objective, torch.stack([mismatched for _, _, mismatched in held_out]).sum(0))
             for scores, counts, _ in held_out:
-                self._add_evaluation(stage, self.objective(scores, point), counts)
+                output = _loss_is_the_total(self.objective(scores, point), self.objective)
+                self._add_evaluation(stage, output, counts)
+        self._add_total(stage)
         super()._log_evaluation(stage)
+
+    def _add_total(self, stage: str) -> None:
+        """As ``_add_sums``: the terms have denominators of their own, which are known of all ranks only now."""
+        sums = self._validation.get(stage, {})
+        parts = {name: name.split("|") for name in sums if not name.startswith("|")}
+        if not parts or any(name == "loss" for name, _, _ in parts.values()):
+            return
+        names = sorted(name for name in sums if name.startswith("|"))
+        counts = dict(zip(names, self.sum_over_ranks(torch.stack([sums[name] for name in names])), strict=True))
+        terms = {key: (count, float(weight)) for key, (_, count, weight) in parts.items() if weight != "0"}
+        total = _total((weight, sums[key], counts[f"|{count}|count"]) for key, (count, weight) in terms.items())
+        count = "pairs" if "|pairs|count" in counts else "answers"
+        sums[f"loss|{count}|0"] = total * counts[f"|{count}|count"]
 
     # --- the objective's state
 
@@ -314,6 +338,26 @@ class PreferenceModule(LLMModule):
             check_identity(checkpoint[CHECKPOINT_KEY].get("reference"), self._copied)
         if isinstance(self.objective, LabelledObjective) and "objective" in checkpoint[CHECKPOINT_KEY]:
             self.objective.load_state(checkpoint[CHECKPOINT_KEY]["objective"])
+
+
+def _loss_is_the_total(output: ObjectiveOutput, objective: object) -> ObjectiveOutput:
+    """``loss`` is the name of what is minimized: a term of that name beside others is called ``preference``."""
+    terms = output.terms
+    if len(terms) == 1 and "loss" in terms:
+        return output
+    if {"loss", "preference"} <= terms.keys():
+        name = f"{type(objective).__module__}.{type(objective).__qualname__}"
+        raise ValueError(
+            f"objective {name}: it has the terms loss and preference; loss is the total of all terms: give that term "
+            "another name"
+        )
+    named = {"preference" if name == "loss" else name: term for name, term in terms.items()}
+    return ObjectiveOutput(named, {name: metric for name, metric in output.metrics.items() if name != "loss"})
+
+
+def _total(terms: Iterable[tuple[float, Tensor, Tensor]]) -> Tensor:
+    """() from each term's weight, sum and count."""
+    return torch.stack([weight * value.double() / count.double() for weight, value, count in terms]).sum()
 
 
 def _labelled(objective: LabelledObjective, batch: Any) -> LabelledBatch:

@@ -20,7 +20,8 @@ class PreferenceObjective:
     """What a step of ``PreferenceModule`` minimizes: sums over the micro-batch's pairs.
 
     An objective of your own is a subclass with ``losses``, a loss for each pair: the module divides their sum by the
-    pairs of the whole accumulation window over all ranks. A part over tokens is added by ``terms``.
+    pairs of the whole accumulation window over all ranks. A part over tokens is added by ``terms``; what is logged as
+    ``loss`` is the weighted total, and the pairs' own part beside others as ``preference``.
 
     Args:
         beta: how strongly the model is held to the reference; the scale of the implicit rewards beta * (c - c').
@@ -223,7 +224,10 @@ class CPO(PreferenceObjective):
         return -logsigmoid(self.beta * (scores.chosen - scores.rejected))
 
     def terms(self, scores: PairScores) -> dict[str, Term]:
-        return super().terms(scores) | {"nll_chosen": Term(-scores.chosen.sum(), "tokens_chosen", self.alpha)}
+        return {
+            "preference": Term(self._sum(scores), "pairs"),
+            "nll_chosen": Term(-scores.chosen.sum(), "tokens_chosen", self.alpha),
+        }
 
 
 class ORPO(PreferenceObjective):
@@ -243,7 +247,7 @@ class ORPO(PreferenceObjective):
 
     def terms(self, scores: PairScores) -> dict[str, Term]:
         return {
-            "loss": Term(self._sum(scores), "pairs", self.beta),  # callbacks go by a term of this name
+            "odds_ratio": Term(self._sum(scores), "pairs", self.beta),
             "nll_chosen": Term(-scores.chosen.sum(), "tokens_chosen"),
         }
 

@@ -71,8 +71,10 @@ def test_it_learns_goes_on_exactly_and_leaves_a_model() -> None:
 
 def test_the_odds_ratio_trains_as_any_other() -> None:
     assert main(["fit", "-c", "dpo", "--model.objective", "llm_modules.objectives.ORPO"]) == 0
-    losses = column(0, "train/loss")  # by which callbacks go: the odds ratio, whose weight is beta
+    losses, ratios, likelihoods = (column(0, f"train/{name}") for name in ("loss", "odds_ratio", "nll_chosen"))
     assert losses[-1] < losses[0]
+    total = [0.1 * ratio + likelihood for ratio, likelihood in zip(ratios, likelihoods, strict=True)]
+    assert losses == pytest.approx(total, rel=1e-5)
     assert column(0, "val/reward_accuracy") == [1.0]
 
 
@@ -143,6 +145,12 @@ class Detached(DPO):
         return super().losses(scores).detach()
 
 
+class Twice(DPO):
+    def terms(self, scores):
+        terms = super().terms(scores)
+        return terms | {"preference": terms["loss"]}
+
+
 class Broken(DPO):
     def losses(self, scores):
         return scores.chosen @ scores.chosen[:1]
@@ -156,6 +164,7 @@ class Broken(DPO):
         ("Wide", "losses gave shape (4, 2), not one loss for each of the 4 pairs"),
         ("Number", "losses gave a float, not one loss for each of the 4 pairs"),
         ("Detached", "the loss has no gradient"),
+        ("Twice", "it has the terms loss and preference; loss is the total of all terms: give that term another name"),
     ],
 )
 def test_a_loss_that_is_none(name: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,30 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from llm_modules import LLMModule, PreferenceModule, RewardModule
-from llm_modules.batch import LabelledBatch
+from llm_modules.batch import LabelledBatch, LabelledScores, ObjectiveOutput, PairScores, Term
 from llm_modules.data import LabelledDataModule, PreferenceDataModule
 from llm_modules.objectives import BCO, CPO, DPO, KTO, ORPO, BradleyTerry, LabelledObjective, RewardObjective, SimPO
 from llm_modules.zoo import Backbone
 from tests.invariance.gradients import LLAMA, KeepGradients
 from tests.invariance.test_gradient_invariance import assert_same_gradient
 from tests.ranks import run_program
+
+
+class Own(DPO):
+    """As of a user: a part of its own over tokens beside the pairs' loss."""
+
+    def terms(self, scores: PairScores) -> dict[str, Term]:
+        return super().terms(scores) | {"likelihood": Term(-scores.chosen.sum(), "tokens_chosen", 0.25)}
+
+
+class OwnLabelled(KTO):
+    """The same of labelled answers."""
+
+    def __call__(self, scores: LabelledScores, point: Tensor | float) -> ObjectiveOutput:
+        output = super().__call__(scores, point)
+        output.terms["likelihood"] = Term(-scores.logprobs.sum(), "tokens", 0.25)
+        return output
+
 
 OBJECTIVES: dict[str, Any] = {
     "DPO": DPO,
@@ -180,6 +198,69 @@ def test_the_adapter_switched_off_is_the_copy_of_the_base(tmp_path: Path) -> Non
     assert abs(off[1][0] - math.log(2)) > 1e-3  # the policy has moved: the reference counts
     assert off[1] == pytest.approx(copy[1], rel=1e-6)
     assert_same_gradient(off[0][0], copy[0][0])
+
+
+TOTALS: dict[str, tuple[Any, dict[str, float]]] = {
+    "ORPO": (lambda: ORPO(beta=0.3), {"odds_ratio": 0.3, "nll_chosen": 1.0}),
+    "CPO": (lambda: CPO(alpha=0.7), {"preference": 1.0, "nll_chosen": 0.7}),
+    "own": (Own, {"preference": 1.0, "likelihood": 0.25}),
+    "own, labelled": (OwnLabelled, {"preference": 1.0, "likelihood": 0.25}),
+}
+
+
+def totals(settings: dict[str, Any]) -> list[dict[str, float]]:
+    """What a training step, a validation and a test log."""
+    made = TOTALS[settings["objective"]][0]()
+    module = PreferenceModule(Backbone(config=LLAMA), made, sequence_length=160, seed=1)
+    kind: Any = LabelledDataModule if isinstance(made, LabelledObjective) else PreferenceDataModule
+    data = kind(
+        sources=[{"path": settings["path"]}], validation_fraction=0.5, batch_size=settings["batch_size"],
+        packing=settings["packing"], tokenizer="builtin:bytes", chat_template="chatml", sequence_length=160, seed=1,
+        cache_dir=settings["cache"],
+    )  # fmt: skip
+    devices = settings.get("devices", 1)
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=1, logger=False,
+        accumulate_grad_batches=settings["accumulate"], use_distributed_sampler=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, callbacks=[Moved()],
+        limit_train_batches=settings["accumulate"],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return [logged, dict(trainer.test(module, datamodule=data, verbose=False)[0])]
+
+
+def save_totals(settings: dict[str, Any], out: str) -> None:
+    """For ranks."""
+    found = totals(settings)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        Path(out).write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_the_logged_loss_is_what_is_minimized(name: str, tmp_path: Path) -> None:
+    """Its parts have denominators of their own; callbacks go by the weighted total of their means."""
+    settings = {"objective": name, "path": str(write_pairs(tmp_path, 24)), "cache": str(tmp_path / "cache")} | REFERENCE
+    expected = totals(settings)
+    for stage, logged in zip(("train", "val", "test"), [expected[0], *expected], strict=True):
+        total = sum(weight * logged[f"{stage}/{part}"] for part, weight in TOTALS[name][1].items())
+        assert logged[f"{stage}/loss"] == pytest.approx(total, rel=1e-6)
+    for variant in ("2x4", "packed 8x1"):
+        for found, whole in zip(totals(settings | VARIANTS[variant]), expected, strict=True):
+            losses = {key: value for key, value in whole.items() if key.endswith("/loss")}
+            assert {key: found[key] for key in losses} == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ORPO", "own, labelled"])
+def test_the_logged_loss_of_two_processes(name: str, tmp_path: Path) -> None:
+    settings = {"objective": name, "path": str(write_pairs(tmp_path, 24)), "cache": str(tmp_path / "cache")} | REFERENCE
+    expected = totals(settings)
+    settings |= {"devices": 2, "batch_size": 2, "accumulate": 2, "packing": "batch"}
+    run_program(f"{__name__}:save_totals", settings, str(tmp_path / "out.json"), folder=tmp_path, timeout=300)
+    for found, whole in zip(json.loads((tmp_path / "out.json").read_text()), expected, strict=True):
+        losses = {key: value for key, value in whole.items() if key.endswith("/loss")}
+        assert {key: found[key] for key in losses} == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize(("adapter", "packing"), [(None, "batch"), (LORA, "none")], ids=["whole", "LoRA, padded"])

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
-from llm_modules.batch import PairScores
+from llm_modules.batch import ObjectiveOutput, PairScores
 from llm_modules.data import PreferenceDataModule
 from llm_modules.language_model import LanguageModelModule
 from llm_modules.objectives import APO, CPO, DPO, IPO, ORPO, SPPO, Hinge, PreferenceObjective, SimPO
@@ -84,7 +85,18 @@ def ours(folder: Path, objective: PreferenceObjective, packing: str) -> tuple[to
     loss = sum(term.weight * term.sum / counts[term.count] for term in output.terms.values())
     assert isinstance(loss, torch.Tensor)
     loss.backward()
+    assert logged(module, output, counts) == pytest.approx(float(loss.detach()), rel=1e-6)
     return loss.detach(), {n: p.grad for n, p in module.model.hf.named_parameters() if p.grad is not None}
+
+
+def logged(module: PreferenceModule, output: ObjectiveOutput, counts: dict[str, float]) -> float:
+    """The `val/loss` of what is held out, which is as TRL logs it the total of all terms."""
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    found: dict[str, float] = {}
+    module.log = lambda name, value, **_: found.update({name: value})  # type: ignore[method-assign,assignment,misc]
+    module._add_evaluation("val", output, counts)
+    module._log_evaluation("val")
+    return found["val/loss"]
 
 
 def loaded(folder: Path, packing: str) -> PreferenceDataModule:
