@@ -53,11 +53,30 @@ class LabelledSource(Source):
 
     def rows(self) -> Iterator[Row]:
         for row in super().rows():
-            if "label" not in row.columns and {"chosen", "rejected"} & set(row.columns):
+            if _is_pair(row):
                 for side in ("chosen", "rejected"):
                     yield row._replace(columns={**row.columns, SIDE: side})
             else:
                 yield row
+
+
+def _is_pair(row: Row) -> bool:
+    """Whatever stands in ``label``: of a row of two answers it is of something else, such as the request.
+
+    Raises:
+        ValueError: a row has a pair and an answer of its own, and ``columns`` names neither of them, or both.
+    """
+    columns, sides, answers = row.columns, ("chosen", "rejected"), ("completion", "answer")
+    pair, alone = ([name for name in names if columns.get(name) not in (None, "")] for names in (sides, answers))
+    asked = not row.mapped.isdisjoint(sides), not row.mapped.isdisjoint((*answers, "label"))
+    if pair and alone and asked[0] == asked[1]:
+        raise ValueError(
+            f"{row.origin}: it has {' and '.join(pair)}, which are a pair, and {' and '.join(alone)}, which is an "
+            "answer; name those that are meant with `columns`, such as {chosen: chosen, rejected: rejected}"
+        )
+    if pair:
+        return asked[0] or not asked[1]
+    return "label" not in columns and not columns.keys().isdisjoint(sides)
 
 
 def labelled_answer(row: Row) -> LabelledAnswer:

@@ -80,11 +80,16 @@ LINES = [
 def data(folder: Path, rows: list[dict[str, Any]] = LINES, **settings: Any) -> LabelledDataModule:
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
     made = LabelledDataModule(
-        sources=[{"path": str(folder / "rows.jsonl")}],  # type: ignore[list-item]
         tokenizer="builtin:bytes",
         chat_template="chatml",
         cache_dir=str(folder / "cache"),
-        **{"sequence_length": 128, "batch_size": 8, "validation_fraction": 0.0} | settings,
+        **{
+            "sources": [{"path": str(folder / "rows.jsonl")}],
+            "sequence_length": 128,
+            "batch_size": 8,
+            "validation_fraction": 0.0,
+        }
+        | settings,
     )
     made.prepare_data()
     made.setup("fit")
@@ -186,6 +191,34 @@ def test_pairs_are_two_answers(tmp_path: Path) -> None:
         *(pair["prompt"] for pair in pairs),
         *(line["prompt"] for line in LINES),
     }
+
+
+def test_a_pair_is_one_whatever_its_label_is(tmp_path: Path) -> None:
+    pair = {"chosen": [USER, SAID], "rejected": "no", "messages": [USER, SAID]}
+    for label in ("harmful", True, None):
+        found = data(tmp_path, [{**pair, "label": label}], batch_size=2)
+        assert found.label_counts() == (1, 1)
+        assert sorted(answer for _, answer in texts(found, next(iter(found.train_dataloader())))) == [
+            f"{GOOD}<|im_end|>",
+            "no<|im_end|>",
+        ]
+    gaps = {"chosen": None, "rejected": "", "prompt": "2 + 2?", "completion": GOOD, "label": True}
+    assert data(tmp_path, [gaps, {**gaps, "completion": "5", "label": False}], batch_size=2).label_counts() == (1, 1)
+
+
+def test_a_pair_and_an_answer_in_one_row_are_refused(tmp_path: Path) -> None:
+    both = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "answer": "3", "label": True}
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: it has chosen and rejected, which are a pair, and answer, w"):
+        data(tmp_path, [both])
+    others = [both, {**both, "prompt": "3 + 3?", "label": False}]
+    for columns, expected in (({"chosen": "chosen"}, (2, 2)), ({"label": "label"}, (1, 1))):
+        made = {"path": str(tmp_path / "rows.jsonl"), "columns": columns}
+        assert data(tmp_path, others, batch_size=2, sources=[made]).label_counts() == expected
+
+
+def test_the_built_in_safety_pairs_are_labelled_answers(tmp_path: Path) -> None:
+    found = data(tmp_path, [], sources=[{"path": "builtin:safety-preferences", "limit": 10}], sequence_length=512)
+    assert found.label_counts() == (10, 10)
 
 
 def test_rows_without_an_answer_can_be_dropped_and_are_counted(tmp_path: Path) -> None:
