@@ -20,6 +20,7 @@ from llm_modules.data.preferences import (
     preference_pair,
     said_hash,
     side_messages,
+    truth_value,
 )
 from llm_modules.data.sources import Row, Source
 from llm_modules.data.store import Encoded
@@ -92,11 +93,12 @@ def labelled_answer(row: Row) -> LabelledAnswer:
         pair = preference_pair(row)
         answer = pair.chosen if side == "chosen" else pair.rejected
         return LabelledAnswer(pair.prompt, answer, side == "chosen", pair.tools)
-    if columns.get("label") is None:
+    label = truth_value(columns.get("label"))
+    if label is None or label == "":
         there = ", ".join(map(str, columns)) or "none"
         raise ValueError(f"{row.origin}: no label; an answer needs label, true or false; columns: {there}")
-    if not isinstance(columns["label"], int) or columns["label"] not in (0, 1):
-        raise ValueError(f"{row.origin}: label is {columns['label']!r}; it must be true or false, or 1 or 0")
+    if not isinstance(label, int) or label not in (0, 1):
+        raise ValueError(f"{row.origin}: label is {label!r}; it must be true or false, or 1 or 0")
     name = next((name for name in ("completion", "answer", "messages") if columns.get(name)), None)
     if name is None:
         raise NoPair(f"{row.origin}: no answer: completion (or answer) is empty or not there")
@@ -109,7 +111,7 @@ def labelled_answer(row: Row) -> LabelledAnswer:
         raise NoPair(f"{row.origin}: the prompt ends with the assistant; it must end with what is answered")
     if is_empty(said[-1]):
         raise NoPair(f"{row.origin}: the answer is empty")
-    return LabelledAnswer(with_system(row, prompt), said[-1], bool(columns["label"]), tools_of(row))
+    return LabelledAnswer(with_system(row, prompt), said[-1], bool(label), tools_of(row))
 
 
 class LabelledEncoder:

@@ -29,6 +29,8 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 VALUES = ("margin", "chosen_safe", "rejected_safe")
 """Columns that a pair may have beside its texts: by how much the chosen answer is better, and whether each is safe."""
 
+TRUTH = {"true": True, "false": False, "1": True, "0": False}
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 STAND_IN = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
 """A prompt and an answer in the place of those of a row that is dropped."""
@@ -129,10 +131,19 @@ def joined(row: Row, name: str, before: list[Message], own: list[Message]) -> li
     )
 
 
+def truth_value(value: Any) -> Any:
+    """True or False where text stands for it, as all of a CSV file is text; anything else as it is."""
+    return TRUTH.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def _value(row: Row, name: str) -> float:
     value = row.columns.get(name)
-    if value is None:
+    if value is None or (isinstance(value, str) and not value.strip()):
         return math.nan
+    if name != "margin":
+        value = truth_value(value)
+    elif isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
     if isinstance(value, bool) == (name != "margin") and isinstance(value, int | float) and math.isfinite(value):
         return float(value)
     kind = "a finite number" if name == "margin" else "true or false"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from llm_modules.batch import IGNORE_INDEX, LabelledBatch, TokenBatch
 from llm_modules.data import LabelledDataModule
 from llm_modules.data.labelled import labelled_answer
-from llm_modules.data.sources import Row
+from llm_modules.data.preferences import preference_pair
+from llm_modules.data.sources import Row, Source
 from llm_modules.data.tokenization import content_hash
 
 USER, GOOD = {"role": "user", "content": "2 + 2?"}, "4"
@@ -47,11 +49,19 @@ def test_formats(columns: dict[str, Any], label: bool | int) -> None:
     assert type(found.desirable) is bool
 
 
+@pytest.mark.parametrize(("text", "label"), [("true", 1), ("False", 0), ("1", 1), (" 0", 0), ("TRUE", 1)])
+def test_a_label_may_be_text_as_all_of_csv_is(text: str, label: int, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(f"prompt,completion,label\n2 + 2?,4,{text}\n3 + 3?,5,{text}\n")
+    found = data(tmp_path, [], sources=[{"path": str(tmp_path / "rows.csv")}], batch_size=2)
+    assert found.label_counts() == (2 * label, 2 - 2 * label)
+
+
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
         ({"prompt": "a", "completion": "b"}, "no label; an answer needs label, true or false; columns: prompt, "),
         ({"prompt": "a", "completion": "b", "label": None}, "no label; an answer needs label"),
+        ({"prompt": "a", "completion": "b", "label": ""}, "no label; an answer needs label"),
         ({"prompt": "a", "completion": "b", "label": 2}, "label is 2; it must be true or false, or 1 or 0"),
         ({"prompt": "a", "completion": "b", "label": "yes"}, "label is 'yes'; it must be true or false"),
         ({"prompt": "a", "completion": "", "label": True}, "no answer: completion (or answer) is empty or not there"),
@@ -70,6 +80,22 @@ def test_what_holds_no_answer_is_said_with_its_place(columns: dict[str, Any], sa
         labelled_answer(row(**columns))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_stands_beside_a_pair_may_be_text_as_all_of_csv_is(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(
+        "prompt,chosen,rejected,margin,chosen_safe,rejected_safe\n"
+        "2 + 2?,4,5,1.5,True,false\n3 + 3?,6,5,-2e1,1,0\n4 + 4?,8,5,,,\n5 + 5?,8,5,nan,,\n6 + 6?,12,5,,yes,\n"
+    )
+    rows = list(Source(str(tmp_path / "rows.csv")).rows())
+    found = [preference_pair(row).values for row in rows[:3]]
+    assert found[:2] == [(1.5, 1.0, 0.0), (-20.0, 1.0, 0.0)]
+    assert all(map(math.isnan, found[2]))
+    for row, said in zip(
+        rows[3:], ("margin is 'nan'; it must be a finite", "chosen_safe is 'yes'; it must be true or"), strict=True
+    ):
+        with pytest.raises(ValueError, match=said):
+            preference_pair(row)
 
 
 LINES = [
