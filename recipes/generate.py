@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--file",
         metavar="JSONL",
-        help="answer each row: its `prompt` (text or messages) or `messages`, under its `system` message",
+        help="answer each row: its `prompt` (text or messages) or `messages`, under its `system` message, with its "
+        "`tools`",
     )
     what.add_argument("--out", metavar="JSONL", help="where the answers to --file go; rows that are there are kept")
     what.add_argument("--column", metavar="NAME", help="the column of --file that holds the prompt")

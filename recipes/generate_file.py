@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NOT_THE_ANSWER = ("batch_size",)
 """Settings that a job may go on with after they were changed: what is generated does not depend on them."""
 
-NOT_GENERATED = ("row", "prompt", "reference", "prompt_sha256", "settings_sha256")
+NOT_GENERATED = ("row", "prompt", "tools", "reference", "prompt_sha256", "settings_sha256")
 """What a row of the answers has from the input and the job."""
 
 _SAMPLED_BYTES, _SAMPLES = 65536, 64
@@ -32,10 +32,10 @@ class FileJob:
     """Reads prompts, appends answers as batches are done, and at the end puts the rows in order.
 
     A row of the answers holds ``row`` (its number in the input, from 0), ``prompt`` (under the system message, without
-    the preprompt), ``completion``, ``finish_reason``, ``prompt_tokens``, ``completion_tokens``, ``truncated`` (tokens
-    of the prompt that were cut off), ``logprob`` (if asked for), ``reference`` (the answer that the input has), and two
-    digests that tell whether a row still belongs to this job: ``prompt_sha256`` (of the input's prompt) and
-    ``settings_sha256`` (settings and model).
+    the preprompt), ``tools`` (if the input has them), ``completion``, ``finish_reason``, ``prompt_tokens``,
+    ``completion_tokens``, ``truncated`` (tokens of the prompt that were cut off), ``logprob`` (if asked for),
+    ``reference`` (the answer that the input has), and two digests that tell whether a row still belongs to this job:
+    ``prompt_sha256`` (of the input's prompt and tools) and ``settings_sha256`` (settings and model).
 
     The batches are cut from the whole input, whatever is done already, so a job that was killed and started again
     leaves the same file as one that was not.
@@ -66,6 +66,8 @@ class FileJob:
         self.system = system
         self.prompts: list[Prompt] = []
         self.references: list[str | None] = []
+        self.tools: list[list[Any] | None] = []
+        self.places: list[str] = []
         self.done: set[int] = set()
         self.settings = ""
         self._whole = 0  # bytes of ``out`` that are whole rows
@@ -82,6 +84,7 @@ class FileJob:
         Raises:
             ValueError: no such file, no JSON, no prompt in a row; with file and line.
         """
+        from llm_modules.data.chat import tools_of
         from llm_modules.data.readers import read_file
 
         if not self.source.is_file():
@@ -93,6 +96,8 @@ class FileJob:
             prompt, reference = self._prompt(row, place)
             self.prompts += [prompt] * self.samples
             self.references += [reference] * self.samples
+            self.tools += [tools_of(row)] * self.samples
+            self.places += [place] * self.samples
         if not self.prompts:
             raise UserError(f"--file {self.source}: the file is empty")
 
@@ -145,7 +150,7 @@ class FileJob:
                 ) from error
             if settings_of != self.settings:
                 raise UserError(f"{place}: made by other settings or another model; name another --out, or --overwrite")
-            if place_of not in range(len(self.prompts)) or prompt != digest(self.prompts[place_of]):
+            if place_of not in range(len(self.prompts)) or prompt != self._digest(place_of):
                 raise UserError(
                     f"{place}: answers another prompt than row {place_of} of this job on {display(self.source)}; name "
                     f"another --out, or --overwrite"
@@ -174,23 +179,27 @@ class FileJob:
     ) -> None:
         """Generates what is missing."""
         from llm_modules.data.chat import with_preprompt
+        from llm_modules.data.masks import shows_tools
         from recipes.generate import as_prompt
 
+        place = next((place for place, tools in zip(self.places, self.tools, strict=True) if tools), None)
+        if place is not None and not (chat and shows_tools(tokenizer)):
+            left_out = "the chat template leaves them out" if chat else "they need a chat template (and no --raw)"
+            raise UserError(f"{place}: has tools, and {left_out}: the model would not see them")
         prompts: list[Prompt] = []
-        for place in range(len(self.prompts)):
-            prompt = self._asked(place)
+        for number in range(len(self.prompts)):
+            prompt = self._asked(number)
             if not chat and not isinstance(prompt, str):
-                number = place // self.samples
                 raise UserError(
-                    f"row {number} of {display(self.source)}: messages, a system message too, need a chat template "
-                    "(and no --raw)"
+                    f"row {number // self.samples} of {display(self.source)}: messages, a system message too, need a "
+                    "chat template (and no --raw)"
                 )
             prompts.append(as_prompt(prompt, chat, None) if isinstance(prompt, str) else prompt)
         if preprompt is not None:
             talks = [prompt for prompt in prompts if not isinstance(prompt, str)]
             assert len(talks) == len(prompts)  # a preprompt without a chat template was refused before
             prompts = [with_preprompt(talk, preprompt) for talk in talks]
-        batches = generator.iterate(model, tokenizer, prompts, skip=frozenset(self.done))
+        batches = generator.iterate(model, tokenizer, prompts, skip=frozenset(self.done), tools=self.tools)
         started = time.monotonic()
         first = next(batches)  # whatever is wrong with a prompt is said before the file is touched
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -219,13 +228,18 @@ class FileJob:
             return prompt
         return [*system_message(self.system), *prompt]
 
+    def _digest(self, place: int) -> str:
+        prompt, tools = self.prompts[place], self.tools[place]
+        return digest(prompt if tools is None else [prompt, tools])
+
     def _line(self, place: int, answer: dict[str, Any]) -> bytes:
         row = {
             "row": place,
             "prompt": self._asked(place),
+            **({} if self.tools[place] is None else {"tools": self.tools[place]}),
             **answer,
             **({} if self.references[place] is None else {"reference": self.references[place]}),
-            "prompt_sha256": digest(self.prompts[place]),
+            "prompt_sha256": self._digest(place),
             "settings_sha256": self.settings,
         }
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recipes.errors import UserError
 from recipes.yaml_tree import display
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Message = dict[str, Any]
+
+
+class Talk(NamedTuple):
+    """A prompt with an answer, and the functions that it offers."""
+
+    messages: list[Message]
+    tools: list[Any] | None
+
 
 POSITIONS = 4096
 """Tokens scored at once, at least one answer."""
@@ -42,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="JSONL",
-        help="rows with `prompt` (text or messages) and `completion`, and, if there is one, a `system` message",
+        help="rows with `prompt` (text or messages) and `completion`, and, if there are any, a `system` message and "
+        "`tools`",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="JSONL", help="where the rows go; written whole")
     parser.add_argument(
@@ -98,13 +107,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_rows(file: Path, flag: str = "--file") -> tuple[list[tuple[str, Row]], list[list[Message]]]:
+def read_rows(file: Path, flag: str = "--file") -> tuple[list[tuple[str, Row]], list[Talk]]:
     """(place, row) of each answer, and the conversation that it ends.
 
     Raises:
         UserError: no prompt or no answer in a row.
     """
-    from llm_modules.data.chat import with_system
+    from llm_modules.data.chat import tools_of, with_system
     from llm_modules.data.readers import read_file
 
     rows, talks = [], []
@@ -122,7 +131,7 @@ def read_rows(file: Path, flag: str = "--file") -> tuple[list[tuple[str, Row]], 
             if not isinstance(message, dict) or not {"role", "content"} <= set(message):
                 raise UserError(f"{place}: a message of the prompt has no role or no content: {message!r:.80}")
         rows.append((place, columns))
-        talks.append([*with_system(row, prompt), {"role": "assistant", "content": answer}])
+        talks.append(Talk([*with_system(row, prompt), {"role": "assistant", "content": answer}], tools_of(row)))
     if not rows:
         raise UserError(f"{flag} {file}: the file is empty")
     return rows, talks
@@ -149,6 +158,11 @@ def reward_folder(name: str) -> Path:
     return found
 
 
+def shown(talk: Talk) -> Row:
+    """A conversation as columns of a row."""
+    return {"messages": talk.messages} | ({} if talk.tools is None else {"tools": talk.tools})
+
+
 class Scorer:
     """A reward model with its tokenizer and chat template.
 
@@ -166,15 +180,23 @@ class Scorer:
         if not self.tokenizer.chat_template:
             raise UserError(f"-m {display(folder)}: its tokenizer has no chat template, under which it was trained")
 
-    def __call__(self, talks: Sequence[list[Message]], rows: Sequence[tuple[str, Row]]) -> list[float]:
+    def __call__(self, talks: Sequence[Talk], rows: Sequence[tuple[str, Row]]) -> list[float]:
         """The score of each conversation at its last token, in their order.
 
         Raises:
-            UserError: one has more tokens than the model has positions, or its score is not finite.
+            UserError: one has tools that the template leaves out, or more tokens than the model has positions, or its
+                score is not finite.
         """
+        from llm_modules.data.masks import shows_tools
         from llm_modules.zoo import Backbone
 
-        encoded: Any = [self.tokenizer.apply_chat_template(talk) for talk in talks]
+        for (place, _), talk in zip(rows, talks, strict=True):
+            if talk.tools and not shows_tools(self.tokenizer):
+                raise UserError(
+                    f"{place}: has tools, and the chat template of -m {display(self.folder)} leaves them out: the "
+                    "reward model would not see them; train it with one that shows them, such as chatml"
+                )
+        encoded: Any = [self.tokenizer.apply_chat_template(talk.messages, tools=talk.tools) for talk in talks]
         ids: list[list[int]] = [tokens["input_ids"] for tokens in encoded]
         longest = max(map(len, ids))
         backbone = Backbone(source=str(self.folder))
@@ -217,15 +239,15 @@ def _scores(model: RewardModel, part: list[list[int]], device: Any) -> list[floa
     return [float(score) for score in found]
 
 
-def select(scored: list[Row], talks: list[list[Message]], keep: str, above: float | None) -> tuple[list[Row], int]:
+def select(scored: list[Row], talks: list[Talk], keep: str, above: float | None) -> tuple[list[Row], int]:
     """The rows to be written, and how many prompts have nothing to choose between (of which ``pairs`` has no row)."""
     if keep == "all":
         return scored, 0
     if above is not None:
-        return [{"messages": talk, "score": row["score"]} for row, talk in zip(scored, talks, strict=True)
+        return [shown(talk) | {"score": row["score"]} for row, talk in zip(scored, talks, strict=True)
                 if row["score"] > above], 0  # fmt: skip
     kept, passed = [], 0
-    groups: dict[str, list[tuple[Row, list[Message]]]] = {}
+    groups: dict[str, list[tuple[Row, Talk]]] = {}
     for row, talk in zip(scored, talks, strict=True):
         groups.setdefault(prompt_key(talk), []).append((row, talk))
     for group in groups.values():
@@ -234,18 +256,20 @@ def select(scored: list[Row], talks: list[list[Message]], keep: str, above: floa
         same = best["score"] == worst["score"]
         passed += same
         if keep == "best":
-            kept.append({"messages": talk, "score": best["score"], "of": len(answers)})
+            kept.append(shown(talk) | {"score": best["score"], "of": len(answers)})
         elif not same:
-            texts = {"chosen": talk[-1]["content"], "rejected": other[-1]["content"]}
-            kept.append({"messages": talk[:-1]} | texts | {"scores": [best["score"], worst["score"]]})
+            texts = {"chosen": talk.messages[-1]["content"], "rejected": other.messages[-1]["content"]}
+            kept.append(
+                shown(talk._replace(messages=talk.messages[:-1])) | texts | {"scores": [best["score"], worst["score"]]}
+            )
     return kept, passed
 
 
-def prompt_key(talk: list[Message]) -> str:
-    return json.dumps(talk[:-1], sort_keys=True)
+def prompt_key(talk: Talk) -> str:
+    return json.dumps([talk.messages[:-1], talk.tools], sort_keys=True)
 
 
-def best_scores(talks: list[list[Message]], scores: list[float]) -> dict[str, float]:
+def best_scores(talks: list[Talk], scores: list[float]) -> dict[str, float]:
     """Of each prompt that of its best answer."""
     best: dict[str, float] = {}
     for talk, score in zip(talks, scores, strict=True):
@@ -253,7 +277,7 @@ def best_scores(talks: list[list[Message]], scores: list[float]) -> dict[str, fl
     return best
 
 
-def better(scored: list[Row], talks: list[list[Message]], over: dict[str, float], file: Path) -> list[Row]:
+def better(scored: list[Row], talks: list[Talk], over: dict[str, float], file: Path) -> list[Row]:
     """The answers that score higher than the best other one to their prompt.
 
     Raises:
@@ -266,12 +290,12 @@ def better(scored: list[Row], talks: list[list[Message]], over: dict[str, float]
                 f"--over {file}: no answer to the prompt {display_prompt(talk)}; it needs one to each prompt"
             )
         if row["score"] > other:
-            kept.append({"messages": talk, "score": row["score"], "over": other})
+            kept.append(shown(talk) | {"score": row["score"], "over": other})
     return kept
 
 
-def display_prompt(talk: list[Message]) -> str:
-    text = str(talk[-2]["content"])
+def display_prompt(talk: Talk) -> str:
+    text = str(talk.messages[-2]["content"])
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 

@@ -16,6 +16,7 @@ from llm_modules.data.masks import (
     marked_spans,
     marks_generation,
     renderer,
+    shows_tools,
 )
 from llm_modules.data.sources import Row
 from llm_modules.data.store import Encoded
@@ -48,9 +49,7 @@ class ConversationEncoder:
         self.tokenizer = tokenizer
         self.chat_format: ChatFormat = chat_format
         self.train_on: TrainOn = train_on
-        templates = tokenizer.chat_template
-        written = templates if isinstance(templates, str) else " ".join((templates or {}).values())
-        self.shows_tools = "tools" in written
+        self.shows_tools = shows_tools(tokenizer)
         self.specials = sorted(
             (str(token) for token in tokenizer.get_added_vocab() if str(token).strip()), key=len, reverse=True
         )

@@ -42,6 +42,13 @@ def renderer(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None)
     return render
 
 
+def shows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template (or one of its templates) writes what functions there are."""
+    templates = tokenizer.chat_template
+    written = templates if isinstance(templates, str) else " ".join((templates or {}).values())
+    return "tools" in written
+
+
 def marks_generation(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer's template marks the assistant's part itself."""
     template = tokenizer.get_chat_template()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llm_modules.data.chat import with_system
-from llm_modules.data.masks import renderer
+from llm_modules.data.chat import tools_of, with_system
+from llm_modules.data.masks import renderer, shows_tools
 from llm_modules.data.sources import Row
 from llm_modules.data.store import Encoded
 from llm_modules.data.tokenization import content_hash
@@ -28,7 +28,8 @@ def prompt_record(row: Row, instruction: str | None = None) -> dict[str, Any]:
         instruction: a system message that is put in front; None: none.
 
     Returns:
-        ``prompt`` (messages), ``reference`` (text, empty if there is none), ``fields`` (the columns).
+        ``prompt`` (messages), ``reference`` (text, empty if there is none), ``fields`` (the columns; ``tools`` as a
+        list).
 
     Raises:
         ValueError: one line that names the file, the row and what is wrong.
@@ -58,6 +59,8 @@ def prompt_record(row: Row, instruction: str | None = None) -> dict[str, Any]:
     reference = columns.get("reference")
     if not isinstance(reference, str | int | float | None):
         raise ValueError(f"{row.origin}: reference is of type {type(reference).__name__}; a text or a number is needed")
+    if tools := tools_of(row):
+        columns = {**columns, "tools": tools}
     record = {"prompt": messages, "reference": "" if reference is None else str(reference), "fields": columns}
     try:
         json.dumps(record)
@@ -82,11 +85,16 @@ class PromptEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         records = [prompt_record(row, self.instruction) for row in rows]
-        render = renderer(self.tokenizer, None)
-        texts = []
+        texts, with_tools, shown = [], 0, shows_tools(self.tokenizer)
         for row, record in zip(rows, records, strict=True):
+            if (tools := tools_of(row)) and not shown:
+                raise ValueError(
+                    f"{row.origin}: has tools, and the chat template leaves them out: the model would not see them; "
+                    "use one that shows them, such as chatml"
+                )
+            with_tools += bool(tools)
             try:
-                texts.append(render(record["prompt"], prompt=True))
+                texts.append(renderer(self.tokenizer, tools)(record["prompt"], prompt=True))
             except ValueError as error:
                 raise ValueError(f"{row.origin}: {error}") from error
         documents = [
@@ -103,4 +111,5 @@ class PromptEncoder:
             groups=hashes,
             places=np.array([(0, row.number) for row in rows], dtype=np.int64),
             records=records,
+            counts={"prompts with tools, which rewards have in `fields`, and a reward model does not see": with_tools},
         )

@@ -80,10 +80,10 @@ class Decoder:
     def __exit__(self, *error: object) -> None:
         self._restore.close()
 
-    def encode(self, prompt: Prompt, place: int) -> tuple[list[int], int]:
+    def encode(self, prompt: Prompt, place: int, tools: Sequence[Any] | None = None) -> tuple[list[int], int]:
         """(ids that the model is given, number of ids cut off on the left)."""
         try:
-            ids = encode_prompt(self.tokenizer, prompt)
+            ids = encode_prompt(self.tokenizer, prompt, tools)
         except ValueError as error:
             raise ValueError(f"prompt {place}: {str(error).removeprefix('prompt: ')}") from error
         vocabulary = self.hf.get_input_embeddings().weight.shape[0]

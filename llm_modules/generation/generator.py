@@ -139,16 +139,22 @@ class Generator:
         prompts: Sequence[Prompt],
         rows: Sequence[int] | None = None,
         skip: frozenset[int] | set[int] = frozenset(),
+        tools: Sequence[Sequence[Any] | None] | None = None,
     ) -> Iterator[dict[int, Completion]]:
         """Yield {place in ``prompts``: completion} for each batch, the longest prompts first.
 
         Batches are cut from all prompts, whatever ``skip`` holds; those whose places all are in ``skip`` are passed
         over. So a restarted job decodes the same batches as an undisturbed one, to the last bit.
+
+        Args:
+            model, tokenizer, prompts, rows: as of ``generate``.
+            tools: of each prompt the functions that it offers.
         """
         from llm_modules.generation.decoding import Decoder
 
         with Decoder(self, model, tokenizer) as decoder:
-            encoded = [decoder.encode(prompt, place) for place, prompt in enumerate(prompts)]
+            offered = [None] * len(prompts) if tools is None else tools
+            encoded = [decoder.encode(*item) for item in zip(prompts, range(len(prompts)), offered, strict=True)]
             for places in self.batches([len(ids) for ids, _ in encoded]):
                 if not skip.issuperset(places):
                     numbers = [place if rows is None else rows[place] for place in places]

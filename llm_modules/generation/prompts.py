@@ -12,14 +12,24 @@ if TYPE_CHECKING:
     from llm_modules.generation.completion import Prompt
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Sequence[Any] | None = None) -> list[int]:
     """Ids of raw text, or of chat messages up to where the assistant begins to speak.
 
+    Args:
+        tools: descriptions of the functions that the prompt offers.
+
     Raises:
-        ValueError: messages without a chat template, messages it refuses, or no token at all.
+        ValueError: messages without a chat template, messages it refuses, tools of raw text or that the template leaves
+            out, or no token at all.
     """
     raw = isinstance(prompt, str)
-    text = prompt if isinstance(prompt, str) else _apply_template(tokenizer, prompt, add_generation_prompt=True)
+    if tools and (raw or "tools" not in tokenizer.get_chat_template(tools=list(tools))):
+        what = "it is raw text" if raw else "the chat template leaves them out"
+        raise ValueError(f"prompt: it has tools, and {what}: the model would not see them")
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    text = (
+        prompt if isinstance(prompt, str) else _apply_template(tokenizer, prompt, add_generation_prompt=True, **options)
+    )
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -60,6 +60,59 @@ def score(*words: str, out: str = "out.jsonl", source: str = "answers.jsonl", mo
     return main(["score", "-m", model, "--file", source, "--out", out, *words])
 
 
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("add", "subtract")]
+
+
+def test_tools_are_generated_under_scored_under_and_kept(models: Path, tmp_path: Path) -> None:
+    from llm_modules.tokenizer import load_tokenizer
+
+    shown = "{% if tools %}{{ '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}" + TEMPLATE
+    for name in ("model", "reward"):
+        Path(name).unlink()
+        shutil.copytree(models / name, name)
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = shown
+        tokenizer.save_pretrained(name)
+    lines: list[dict[str, Any]] = [{"prompt": "one"}, {"prompt": "one", "tools": TOOLS[:1]}]
+    lines.append({"prompt": "one", "tools": json.dumps(TOOLS[1:])})
+    Path("prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sample() == 0
+    answers = rows("answers.jsonl")
+    assert [row.get("tools") for row in answers] == [None] * 3 + [TOOLS[:1]] * 3 + [TOOLS[1:]] * 3
+    ids = load_tokenizer("model").apply_chat_template(
+        [{"role": "user", "content": "one"}], tools=TOOLS[:1], add_generation_prompt=True
+    )["input_ids"]
+    assert answers[3]["prompt_tokens"] == len(ids) > answers[0]["prompt_tokens"]
+    assert sample() == 0  # all are there, and of these prompts
+    assert rows("answers.jsonl") == answers
+    Path("prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [lines[0], lines[2], lines[1]]))
+    assert sample() == 2  # the same texts under other tools are other prompts
+    same = [{"prompt": "one", "completion": text, **({} if tools is None else {"tools": tools})}
+            for tools in (None, TOOLS[:1]) for text in ("a", "bc")]  # fmt: skip
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in same))
+    assert score() == 0
+    scores = [row["score"] for row in rows("out.jsonl")]
+    assert scores[0] != scores[2]
+    assert score("--keep", "best", out="best.jsonl") == 0
+    assert [row.get("tools") for row in rows("best.jsonl")] == [None, TOOLS[:1]]
+    assert score("--keep", "pairs", out="pairs.jsonl") == 0
+    assert [row.get("tools") for row in rows("pairs.jsonl")] == [None, TOOLS[:1]]
+    assert score("--keep", "above", "--above=-1e9", out="above.jsonl") == 0
+    assert [row.get("tools") for row in rows("above.jsonl")] == [None, None, TOOLS[:1], TOOLS[:1]]
+
+
+def test_tools_that_a_template_leaves_out_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"prompt": "one", "completion": "a"}, {"prompt": "one", "completion": "a", "tools": TOOLS}]
+    Path("prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert score(source="prompts.jsonl") == 2
+    assert "prompts.jsonl:2: has tools, and the chat template of -m reward leaves them" in capsys.readouterr().err
+    assert sample() == 2
+    assert "prompts.jsonl:2: has tools, and the chat template leaves them out: " in capsys.readouterr().err
+    assert sample("--raw") == 2
+    assert "prompts.jsonl:2: has tools, and they need a chat template (and no --raw)" in capsys.readouterr().err
+    assert not Path("answers.jsonl").exists()
+
+
 def test_answers_are_sampled_scored_and_chosen_from() -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -78,6 +78,23 @@ def test_a_row_may_have_its_own_system_message(tmp_path: Path) -> None:
         module(tmp_path, [{"prompt": "one", "system": 3}])
 
 
+def test_tools_are_shown_or_refused(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [{"prompt": f"number {i}", "tools": given} for i, given in enumerate((tools, json.dumps(tools), None, ""))]
+    data = module(tmp_path, rows, sequence_length=512)
+    batch = next(iter(data.train_dataloader()))
+    for ids, record, row in zip(batch.prompts, batch.records, batch.rows, strict=True):
+        expected = data.prepared_tokenizer.apply_chat_template(
+            record["prompt"], tools=tools if row < 2 else None, add_generation_prompt=True
+        )["input_ids"]
+        assert ids.tolist() == expected
+        assert record["fields"]["tools"] == (tools if row < 2 else rows[row]["tools"])
+    said = "prompts with tools, which rewards have in `fields`, and a reward model does not see: 2"
+    assert said in data.audit().lines
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: has tools, and the chat template leaves them out"):
+        module(tmp_path, rows, chat_template="zephyr")
+
+
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 3), (2, 2)])
 def test_every_rank_and_micro_batch_is_given_all_prompts_of_an_iteration(
     world: int, accumulate: int, tmp_path: Path
