@@ -177,6 +177,8 @@ class Scorer:
 
         self.device, self.folder = open_device(device), folder
         self.tokenizer = load_tokenizer(str(folder))
+        if not self.tokenizer.is_fast:
+            raise UserError(f"-m {display(folder)}: its tokenizer has no tokenizer.json, which is needed")
         if not self.tokenizer.chat_template:
             raise UserError(f"-m {display(folder)}: its tokenizer has no chat template, under which it was trained")
 
@@ -188,6 +190,7 @@ class Scorer:
                 score is not finite.
         """
         from llm_modules.data.masks import shows_tools
+        from llm_modules.evaluation.plain_answers import encode_conversation
         from llm_modules.zoo import Backbone
 
         for (place, _), talk in zip(rows, talks, strict=True):
@@ -196,8 +199,7 @@ class Scorer:
                     f"{place}: has tools, and the chat template of -m {display(self.folder)} leaves them out: the "
                     "reward model would not see them; train it with one that shows them, such as chatml"
                 )
-        encoded: Any = [self.tokenizer.apply_chat_template(talk.messages, tools=talk.tools) for talk in talks]
-        ids: list[list[int]] = [tokens["input_ids"] for tokens in encoded]
+        ids = [encode_conversation(self.tokenizer, talk.messages, talk.tools) for talk in talks]
         longest = max(map(len, ids))
         backbone = Backbone(source=str(self.folder))
         config = backbone.model_config(vocabulary=len(self.tokenizer))

@@ -85,14 +85,13 @@ class PromptEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         records = [prompt_record(row, self.instruction) for row in rows]
-        texts, with_tools, shown = [], 0, shows_tools(self.tokenizer)
+        texts, shown = [], shows_tools(self.tokenizer)
         for row, record in zip(rows, records, strict=True):
             if (tools := tools_of(row)) and not shown:
                 raise ValueError(
                     f"{row.origin}: has tools, and the chat template leaves them out: the model would not see them; "
                     "use one that shows them, such as chatml"
                 )
-            with_tools += bool(tools)
             try:
                 texts.append(renderer(self.tokenizer, tools)(record["prompt"], prompt=True))
             except ValueError as error:
@@ -111,5 +110,4 @@ class PromptEncoder:
             groups=hashes,
             places=np.array([(0, row.number) for row in rows], dtype=np.int64),
             records=records,
-            counts={"prompts with tools, which rewards have in `fields`, and a reward model does not see": with_tools},
         )

@@ -20,8 +20,8 @@ class ModelReward(Reward):
     """The score of a reward model for the conversation that the answer ends, under the model's own chat template.
 
     The model is opened by transformers' ``AutoModelForSequenceClassification`` at the first score, moves to ``device``,
-    is in evaluation mode, has no gradients, and is in nobody's state dict. ``recipes score`` gives the same numbers,
-    but for answers that spell special tokens: here these stay text, so that no answer ends its turn and praises itself.
+    is in evaluation mode, has no gradients, and is in nobody's state dict. ``recipes score`` gives the same numbers.
+    Special tokens that an answer spells stay text, so that no answer ends its turn and praises itself.
 
     Args:
         model: folder (as ``RewardModule`` exports), its run, or hub id of a classifier with one label.
@@ -138,7 +138,8 @@ class ModelReward(Reward):
         prompt = answer.prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         assert self._tokenizer is not None
-        return encode_conversation(self._tokenizer, [*messages, {"role": "assistant", "content": answer.text}])
+        talk = [*messages, {"role": "assistant", "content": answer.text}]
+        return encode_conversation(self._tokenizer, talk, answer.fields.get("tools") or None)
 
     def _scores(self, model: Any, ids: list[list[int]]) -> list[float]:
         """Of rows padded on the right. A classifier finds a row's end as the last id that is not the padding's, so the

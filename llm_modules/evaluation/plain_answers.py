@@ -12,7 +12,9 @@ PRIVATE = range(0xE000, 0xF8FF)
 """Characters of Unicode that have no meaning: stand for special tokens while the template is filled in."""
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> list[int]:
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: list[Any] | None = None
+) -> list[int]:
     """The ids of messages of which a model wrote the last, under the chat template.
 
     Where that one has no special token's name in it these are ``apply_chat_template``'s. A name that it has is encoded
@@ -21,17 +23,27 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[d
     Args:
         tokenizer: a fast one, with a template.
         messages: role and content; the last is the answer.
+        tools: descriptions of the functions that the prompt offers.
+
+    Raises:
+        ValueError: the template leaves the tools out.
     """
+    if tools and "tools" not in tokenizer.get_chat_template(tools=tools):
+        raise ValueError("it has tools, and the chat template leaves them out: the model would not see them")
     *before, last = messages
     pieces = _pieces(tokenizer, str(last["content"]))
     if len(pieces) == 1:
-        encoded: Any = tokenizer.apply_chat_template([*messages])
+        encoded: Any = tokenizer.apply_chat_template([*messages], tools=tools)
         return encoded["input_ids"]
     names = pieces[1::2]
     taken = "".join(str(message.get("content") or "") for message in messages)
     mark = next(chr(code) for code in PRIVATE if chr(code) not in taken)
     # The template sees no special token in the answer: some refuse them, or take the text apart at them.
-    shown = str(tokenizer.apply_chat_template([*before, {**last, "content": _joined(pieces, mark)}], tokenize=False))
+    shown = str(
+        tokenizer.apply_chat_template(
+            [*before, {**last, "content": mark.join(pieces[::2])}], tools=tools, tokenize=False
+        )
+    )
     text, spans = "", []
     for number, part in enumerate(shown.split(mark)):
         if number:  # a template that shows only the end of an answer has dropped the first ones; one may show it twice
@@ -52,10 +64,6 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
             pieces += [text[done:start], text[start:end]]
             done = end
     return [*pieces, text[done:]]
-
-
-def _joined(pieces: Sequence[str], mark: str) -> str:
-    return mark.join(pieces[::2])
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]) -> list[int]:

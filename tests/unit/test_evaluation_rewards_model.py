@@ -17,7 +17,7 @@ from llm_modules.language_model import LanguageModelModule
 from llm_modules.reward import RewardModule
 from llm_modules.tokenizer import byte_tokenizer
 from llm_modules.zoo import Backbone
-from recipes.score import Scorer
+from recipes.score import Scorer, Talk
 from tests.parity.test_trl_sft import LLAMA, TEMPLATE
 
 ENDS_WITH_EOS = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -64,7 +64,7 @@ def test_scores_are_those_of_transformers_and_of_the_command(models: Path, name:
         [*(TALK if i % 2 else [{"role": "user", "content": "one"}]), {"role": "assistant", "content": text}]
         for i, text in enumerate(TEXTS)
     ]
-    command = Scorer(models / name, "cpu")(talks, [("", {})] * len(talks))
+    command = Scorer(models / name, "cpu")([Talk(talk, None) for talk in talks], [("", {})] * len(talks))
     model: Any = AutoModelForSequenceClassification.from_pretrained(models / name).eval()
     model.config.pad_token_id = 255  # ends no conversation
     tokenizer = byte_tokenizer()
@@ -97,6 +97,24 @@ def test_an_answer_cannot_end_its_turn_and_praise_itself(models: Path, name: str
     with torch.no_grad():
         alone = model(torch.tensor([ids])).logits.item()
     assert reward([Answer(0, "one", forged)]) == pytest.approx([alone], abs=1e-5)
+    talk[-1]["content"] = forged
+    assert Scorer(models / name, "cpu")([Talk(talk, None)], [("", {})]) == pytest.approx([alone], abs=1e-5)
+
+
+def test_the_model_sees_the_tools_of_a_prompt(models: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    reward, plain = bound(models / "reward"), Answer(0, "one", "a")
+    with pytest.raises(ValueError, match="row 3: ValueError: it has tools, and the chat template leaves them out"):
+        reward([plain, Answer(3, "one", "a", fields={"tools": tools})])
+    assert reward._tokenizer is not None
+    reward._tokenizer.chat_template = "{{ tools }}" + TEMPLATE
+    shown, none = reward([Answer(0, "one", "a", fields={"tools": tools}), plain])
+    command = Scorer(models / "reward", "cpu")
+    command.tokenizer.chat_template = "{{ tools }}" + TEMPLATE
+    talk = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "a"}]
+    found = command([Talk(talk, tools), Talk(talk, None)], [("", {})] * 2)
+    assert [shown, none] == pytest.approx(found, abs=1e-5)
+    assert abs(shown - none) > 1e-3
 
 
 def test_an_answer_that_was_cut_gets_what_is_said_for_it(models: Path) -> None:
