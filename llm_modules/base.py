@@ -29,7 +29,7 @@ from llm_modules.batch import MAY_LACK, CountedBatch, ObjectiveOutput
 from llm_modules.generation import set_end_tokens
 from llm_modules.model_card import write_model_card
 from llm_modules.objectives.shapes import differentiable
-from llm_modules.schedules import RunSchedule
+from llm_modules.schedules import RunSchedule, run_length
 from llm_modules.strategies import Answering, spread
 from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm, unscale_gradients
 from llm_modules.tokenizer import load_tokenizer
@@ -146,20 +146,8 @@ class LLMModule(Answering, LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **when}}
 
     def run_steps(self) -> int:
-        """The run's length in optimizer steps. (Lightning's own estimate would lose the loader's place on resume.)
-
-        Raises:
-            ValueError: the run has neither ``max_steps`` nor ``max_epochs``.
-        """
-        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
-        if epochs is not None and epochs > 0:
-            by_epochs = epochs * self.trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
-            steps = by_epochs if steps < 0 else min(steps, by_epochs)
-        if steps < 0:
-            raise ValueError(
-                "schedule: the run has no length; set trainer.max_steps or trainer.max_epochs, or schedule.total_steps"
-            )
-        return steps
+        """The run's length in optimizer steps; a ValueError if it has none."""
+        return run_length(self.trainer)
 
     def on_train_start(self) -> None:
         """A resumed run goes by the config: of the optimizer's settings, the checkpoint brought those of its own."""
@@ -277,18 +265,28 @@ class LLMModule(Answering, LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clips, and logs the norm of the gradient before it (that a callback may have computed just now)."""
+        """Clips, and logs the norm of the gradient before it (that a callback may have computed just now): of each
+        part that is clipped on its own. (DeepSpeed clips in its own step, by one norm of all there is.)"""
         norm, self.gradient_norm = self.gradient_norm, None
         if self.trainer.strategy.handles_gradient_accumulation:
-            return  # DeepSpeed clips in its own step
+            return
         unscale_gradients(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
-        if norm is None:
-            norm = gradient_norm(optimizer, getattr(self.trainer.strategy, "shard_group", None))
-        self.log("train/grad_norm", norm, on_step=True, on_epoch=False)
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            clip_gradients(optimizer, float(gradient_clip_val), norm)
-        elif gradient_clip_val:
+        by_norm, shard_group = (
+            gradient_clip_algorithm in (None, "norm"),
+            getattr(self.trainer.strategy, "shard_group", None),
+        )
+        for name, parameters in self.clipped_apart().items():
+            if norm is None or parameters is not None:
+                norm = gradient_norm(optimizer, shard_group, parameters)
+            self.log(f"train/grad_norm{name}", norm, on_step=True, on_epoch=False)
+            if gradient_clip_val and by_norm:
+                clip_gradients(optimizer, float(gradient_clip_val), norm, parameters)
+        if gradient_clip_val and not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def clipped_apart(self) -> dict[str, list[Tensor] | None]:
+        """Trained parameters (None: all) that have a norm and a clip of their own, by the end of the norm's name."""
+        return {"": None}
 
     # --- validation
 

@@ -127,3 +127,21 @@ class WarmupStableDecay(RunSchedule):
     def shape(self, progress: float) -> float:
         into_decay = max(0.0, (progress - (1 - self.decay)) / self.decay)
         return 1 - (1 - self.final) * into_decay
+
+
+def run_length(trainer: Any) -> int:
+    """A run's optimizer steps. (Lightning's own estimate would lose the loader's place on resume.)
+
+    Raises:
+        ValueError: the run has neither ``max_steps`` nor ``max_epochs``.
+    """
+    steps: int = trainer.max_steps
+    epochs = trainer.max_epochs
+    if epochs is not None and epochs > 0:
+        by_epochs = epochs * trainer.datamodule.steps_per_epoch
+        steps = by_epochs if steps < 0 else min(steps, by_epochs)
+    if steps < 0:
+        raise ValueError(
+            "schedule: the run has no length; set trainer.max_steps or trainer.max_epochs, or schedule.total_steps"
+        )
+    return steps

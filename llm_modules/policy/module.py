@@ -222,6 +222,16 @@ class PolicyModule(LLMModule):
                 np.random.seed(torch.randint(2**31, ()).item())
                 self._rollouts = self._roll_out(batch)
 
+    def clipped_apart(self) -> dict[str, list[Tensor] | None]:
+        """The policy and each critic: they share nothing, and a critic far off must not shrink the policy's step."""
+        if not self.critics:
+            return super().clipped_apart()
+        models = {
+            "": self.model,
+            **{f"_{name}": critic for name, critic in zip(self.critics.backbones, self.critics, strict=True)},
+        }
+        return {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
         if batch.micro_step == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ def settle_gradients(optimizer: Optimizer) -> None:
             parameter.grad = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
 
 
-def gradient_norm(optimizer: Optimizer, shard_group: Any = None) -> Tensor:
-    """The L2 norm of the whole gradient, the same number on every rank.
+def gradient_norm(optimizer: Optimizer, shard_group: Any = None, parameters: Sequence[Tensor] | None = None) -> Tensor:
+    """The L2 norm of the whole gradient, or of a part of it, the same number on every rank.
 
     Each rank adds the squares of what it holds; the sums are added over the ranks that hold different parts, and over
     these only: what is replicated counts once.
@@ -29,9 +30,10 @@ def gradient_norm(optimizer: Optimizer, shard_group: Any = None) -> Tensor:
         optimizer: whose parameters' gradients.
         shard_group: the ranks that plain tensors are spread over (FSDP1's flat shards); None: each rank has all of
             them. Of a DTensor its own layout says it.
+        parameters: the optimizer's that the part is of, the same on every rank; None: all.
     """
     settle_gradients(optimizer)
-    parameters = _parameters(optimizer)
+    parameters = _parameters(optimizer) if parameters is None else parameters
     # Where flat shards are small, a rank may hold none of what is trained; the others wait for its zero.
     parts: dict[Any, list[Tensor]] = {} if shard_group is None else {None: []}
     for parameter in parameters:
@@ -56,9 +58,13 @@ def gradient_norm(optimizer: Optimizer, shard_group: Any = None) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
-def clip_gradients(optimizer: Optimizer, limit: float, norm: Tensor) -> None:
-    """Scale the gradient down to the norm ``limit`` where ``norm`` is above it, as ``clip_grad_norm_`` does."""
-    gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
+def clip_gradients(
+    optimizer: Optimizer, limit: float, norm: Tensor, parameters: Sequence[Tensor] | None = None
+) -> None:
+    """Scale the gradient (of some of the optimizer's ``parameters``; None: of all) down to the norm ``limit`` where
+    ``norm`` is above it, as ``clip_grad_norm_`` does."""
+    parameters = _parameters(optimizer) if parameters is None else parameters
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     if local:
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from callbacks.spike_guard import SpikeGuard
 from llm_modules import PolicyModule
 from llm_modules.data import PromptDataModule
 from llm_modules.evaluation.rewards import Answer, Reward
@@ -220,3 +221,33 @@ def save(settings: dict[str, Any], out: str) -> None:
     gradients, said, finished = run(settings)
     if finished.is_global_zero:
         torch.save((gradients, said), out)
+
+
+@pytest.mark.parametrize("name", ["PPO", "SafePPO"])
+def test_what_a_critic_is_off_by_does_not_clip_the_policy(name: str, tmp_path: Path) -> None:
+    """To the bit: models that share nothing have norms and clips of their own."""
+    settings = {"objective": name, "path": str(write_prompts(tmp_path)), "cache": str(tmp_path / "cache")}
+    found: list[tuple[list[Tensor], dict[str, Tensor]]] = []
+    for weight in (0.5, 400.0):
+        module = policy(settings, seed=1)
+        module.objective.value_weight = weight  # type: ignore[attr-defined]
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=UPDATES,
+            gradient_clip_val=0.05,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=False,
+            callbacks=[SpikeGuard()],
+        )
+        trainer.fit(module, datamodule=prompts(settings))
+        assert module.model is not None
+        found.append(([*module.model.parameters()], dict(trainer.callback_metrics)))
+    (few, norms), (many, others) = found
+    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
+    assert norms["train/grad_norm"] == others["train/grad_norm"] > 0.05
+    critics = ["critic", "cost_critic"] if name == "SafePPO" else ["critic"]
+    for critic in critics:
+        assert others[f"train/grad_norm_{critic}"] > 100 * norms[f"train/grad_norm_{critic}"] > 0
