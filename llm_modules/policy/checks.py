@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from llm_modules.evaluation.rewards import Answer, Reward, RowError
 from llm_modules.generation import Generator
+from llm_modules.objectives.policy import PolicyObjective
 from llm_modules.zoo import Backbone
 from llm_modules.zoo.adapter_config import adapter_config, unmergeable
 
@@ -29,6 +30,7 @@ NARROWING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone | None) -> None:
     """Raises a ValueError, of all of them. Arguments: a ``PolicyModule``, and the critics that it was given."""
+    check_objective(module.objective)
     least = {"group_size": module.objective.least_group, "epochs": 1, "minibatches": 1, "dynamic_sampling": 1}
     problems = [
         f"model.{name}: {getattr(module, name)} is below {bound}"
@@ -70,6 +72,19 @@ def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone |
         problems.append(f"model.reference: {module.reference!r} is not one of {', '.join(get_args(Reference))}")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def check_objective(objective: PolicyObjective) -> None:
+    """Raises a ValueError for one that cannot be learned from: the base class, or a subclass that lacks what it must have."""
+    kind = type(objective)
+    lacking = [name for name in ("prepare", "terms") if getattr(kind, name) is getattr(PolicyObjective, name)]
+    if kind is PolicyObjective:
+        raise ValueError(
+            "model.objective: PolicyObjective is what objectives are made of, and none itself (settings below "
+            "model.objective are its own where no class is named); name one: --model.objective GRPO"
+        )
+    if lacking:
+        raise ValueError(f"model.objective: {kind.__name__} has no {' and no '.join(lacking)} of its own")
 
 
 def _engine_problems(module: Any) -> list[str]:

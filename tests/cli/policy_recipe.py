@@ -49,6 +49,10 @@ def nan(answer):
 def x(answer):
     return float("x" in answer.text)
 from llm_modules.evaluation import Reward
+from llm_modules.objectives import PolicyObjective
+class Half(PolicyObjective):
+    def prepare(self, rollouts):
+        return {}
 class NoScore(Reward):
     pass
 class Unset(Reward):

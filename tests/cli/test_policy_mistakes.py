@@ -89,6 +89,9 @@ pytestmark = pytest.mark.usefixtures("folder")
             "model.critic.quantization: nf4 cannot be trained without an adapter",
         ),
         (["--trainer.limit_train_batches", "5"], "trainer.limit_train_batches: 5 optimizer steps an epoch are no"),
+        (["--model.objective.kl", "0.05"], "no class is named); name one: --model.objective GRPO"),
+        (["--model.objective", "PolicyObjective"], "model.objective: PolicyObjective is what objectives are made of"),
+        (["--model.objective", "own_rewards.Half"], "model.objective: Half has no terms of its own"),
         (["--data.longest_prompt", "64"], "data.longest_prompt: 64 leaves nothing of sequence_length 64"),
     ],
 )
