@@ -75,7 +75,7 @@ def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone |
 
 
 def check_objective(objective: PolicyObjective) -> None:
-    """Raises a ValueError for one that cannot be learned from: the base class, or a subclass that lacks what it must have."""
+    """Raises a ValueError for the base class, and for a subclass that lacks what it must have."""
     kind = type(objective)
     lacking = [name for name in ("prepare", "terms") if getattr(kind, name) is getattr(PolicyObjective, name)]
     if kind is PolicyObjective:

@@ -21,6 +21,7 @@ from llm_modules.objectives.policy import GRPO, PolicyObjective
 from llm_modules.policy.answers import VALIDATION, Group, Respondent
 from llm_modules.policy.checks import Reference, check_settings, check_start
 from llm_modules.policy.critics import Critics
+from llm_modules.policy.resuming import check_resume, described
 from llm_modules.rollouts import PolicyBatch, PromptBatch, Rollouts, policy_batch
 from llm_modules.strategies import spread
 from llm_modules.strategies.together import together
@@ -364,6 +365,7 @@ class PolicyModule(LLMModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY]["policy"] = {
             "objective": self.objective.state_dict(),
+            "objective_is": described(self.objective),
             "rollouts": None if self._rollouts is None else self._rollouts.state(),
             "facts": self._facts,
             "critics": self.critics.state(),
@@ -378,13 +380,8 @@ class PolicyModule(LLMModule):
             raise ValueError("ckpt_path: a checkpoint of another kind of module; export it and name the folder instead")
         if self._copied:
             check_identity(saved.get("reference"), self._copied)
-        self.objective.load_state_dict(saved["objective"])
-        now = [self.epochs, self.minibatches]
-        if saved["rollouts"] is not None and (steps := saved.get("steps", now)) != now:
-            raise ValueError(
-                f"ckpt_path: made inside of an iteration of model.epochs {steps[0]} and minibatches {steps[1]}, now "
-                f"{now[0]} and {now[1]}; go on with the same, or from a checkpoint between two iterations"
-            )
+        if check_resume(saved, self):
+            self.objective.load_state_dict(saved["objective"])
         self._rollouts = None if saved["rollouts"] is None else Rollouts(**saved["rollouts"])
         self._facts = saved["facts"]
         self.critics.load_state(saved["critics"])

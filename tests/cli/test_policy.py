@@ -232,3 +232,29 @@ def test_a_run_does_not_go_on_against_another_reference(capfd: pytest.CaptureFix
     assert main(words) == 2
     assert "ckpt_path: the frozen model that this one is compared with is another one" in capfd.readouterr().err
     assert main([*words, "--model.objective.kl", "0"]) == 0  # without a reference it may
+
+
+def test_another_objective_goes_on_only_between_iterations(capfd: pytest.CaptureFixture[str]) -> None:
+    """An iteration's answers have the advantages that its objective prepared."""
+    base, kind = ["fit", "-c", "rl", "--trainer.max_steps", "6"], "llm_modules.objectives."
+    assert main([*base, "--model.objective", f"{kind}GRPO", "--checkpoint.every_n_steps", "1"]) == 0
+    inside, between = (["--ckpt_path", f"runs/rl/0/checkpoints/step-{step:08}.ckpt"] for step in (3, 4))
+
+    def refused(*words: str) -> str:
+        capfd.readouterr()
+        assert main([*base, *words]) == 2
+        errors = capfd.readouterr().err
+        assert "Traceback" not in errors
+        (line,) = [line for line in errors.splitlines() if line.startswith("recipes: ")]
+        return line
+
+    grpo, rloo = f"{kind}policy.GRPO", f"{kind}policy.RLOO"
+    other = ["--model.objective", f"{kind}RLOO", "--model.objective.kl", "0"]
+    assert f"inside of an iteration of model.objective {grpo}, now {rloo}; go on with" in refused(*other, *inside)
+    held = ["--model.objective", f"{kind}GRPO", "--model.objective.kl", "0.1"]
+    assert "made inside of an iteration without a reference" in refused(*held, *inside)
+    for where in (inside, between):
+        line = refused("--model.objective", PPO, *where)
+        assert f"made with model.objective {grpo} (critics: none), now {kind}actor_critic.PPO (critics: reward)" in line
+    for words in (other, held):
+        assert main([*base, *words, *between]) == 0
