@@ -16,6 +16,8 @@ from llm_modules.objectives.advantages import generalized_advantages, whiten
 from llm_modules.objectives.policy import PolicyObjective, answer_divergence, old, surrogate, token_rewards
 from llm_modules.rollouts import PolicyBatch, Rollouts
 
+KL_HORIZON = 10000
+
 
 class PPO(PolicyObjective):
     """Proximal policy optimization with a critic (arXiv 1707.06347; for language models arXiv 1909.08593, 2203.02155).
@@ -39,7 +41,7 @@ class PPO(PolicyObjective):
         self,
         kl: float = 0.05,
         kl_target: float | None = None,
-        kl_horizon: int = 10000,
+        kl_horizon: int = KL_HORIZON,
         clip: float = 0.2,
         clip_high: float | None = None,
         gamma: float = 1.0,
@@ -53,6 +55,13 @@ class PPO(PolicyObjective):
         checks = (
             ("kl_target", kl_target, kl_target is None or (kl_target > 0 and kl > 0), "above 0, with kl above 0"),
             ("kl_horizon", kl_horizon, kl_horizon >= 1, "at least 1"),
+            (
+                "kl_horizon",
+                kl_horizon,
+                kl_target is not None or kl_horizon == KL_HORIZON,
+                "left out where there is no kl_target, for kl then stays as it is",
+            ),
+            ("kl_in_loss", kl_in_loss, not kl_in_loss or kl > 0, "left out where kl is 0: there is no divergence"),
             ("gamma", gamma, 0 < gamma <= 1, "above 0 and at most 1"),
             ("lam", lam, 0 <= lam <= 1, "between 0 and 1"),
             ("value_clip", value_clip, value_clip is None or value_clip > 0, "above 0"),

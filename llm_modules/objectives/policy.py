@@ -182,6 +182,8 @@ class GRPO(PolicyObjective):
             raise ValueError("objective.longest: it goes with aggregate: constant, and the other way round")
         if longest is not None and longest < 1:
             raise ValueError(f"objective.longest: {longest} is below 1")
+        if weighted_kl and not kl:
+            raise ValueError("objective.weighted_kl: True, but kl is 0: there is no divergence; set kl above 0")
         self.scale, self.aggregate, self.longest, self.ratio = scale, aggregate, longest, ratio
         self.weighted_kl = weighted_kl
 

@@ -70,6 +70,11 @@ def check_settings(module: Any, critic: Backbone | None, cost_critic: Backbone |
     problems += [f"model.engine: {problem}" for problem in _engine_problems(module)]
     if module.reference not in get_args(Reference):
         problems.append(f"model.reference: {module.reference!r} is not one of {', '.join(get_args(Reference))}")
+    elif module.reference != "auto" and not module.objective.needs_reference:
+        problems.append(
+            f"model.reference: {module.reference}, but {kind} compares with no reference (kl is 0); leave it out, or "
+            "set model.objective.kl"
+        )
     if problems:
         raise ValueError("; ".join(problems))
 

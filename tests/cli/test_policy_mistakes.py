@@ -89,6 +89,19 @@ pytestmark = pytest.mark.usefixtures("folder")
             "model.critic.quantization: nf4 cannot be trained without an adapter",
         ),
         (["--trainer.limit_train_batches", "5"], "trainer.limit_train_batches: 5 optimizer steps an epoch are no"),
+        (
+            ["--model.objective", "GRPO", "--model.objective.weighted_kl", "true"],
+            "objective.weighted_kl: True, but kl is 0",
+        ),
+        (
+            ["--model.objective", PPO, "--model.objective.kl", "0", "--model.objective.kl_in_loss", "true"],
+            "objective.kl_in_loss: True is not allowed; it must be left out where kl is 0",
+        ),
+        (
+            ["--model.objective", PPO, "--model.objective.kl_horizon", "20"],
+            "objective.kl_horizon: 20 is not allowed; it must be left out where there is no kl_target",
+        ),
+        (["--model.reference", "copy"], "model.reference: copy, but GRPO compares with no reference (kl is 0)"),
         (["--model.objective.kl", "0.05"], "no class is named); name one: --model.objective GRPO"),
         (["--model.objective", "PolicyObjective"], "model.objective: PolicyObjective is what objectives are made of"),
         (["--model.objective", "own_rewards.Half"], "model.objective: Half has no terms of its own"),
