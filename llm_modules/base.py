@@ -33,7 +33,7 @@ from llm_modules.schedules import RunSchedule, run_length
 from llm_modules.strategies import Answering, spread
 from llm_modules.strategies.gradients import allow_mixed_layouts, clip_gradients, gradient_norm, unscale_gradients
 from llm_modules.tokenizer import load_tokenizer
-from llm_modules.zoo import Backbone, CausalLM, describe_difference, save_adapted
+from llm_modules.zoo import Backbone, CausalLM, describe_difference, save_adapted, unbalanced
 
 CHECKPOINT_KEY = "litrecipes"
 CHECKPOINT_FORMAT = 1
@@ -151,6 +151,8 @@ class LLMModule(Answering, LightningModule):
 
     def on_train_start(self) -> None:
         """A resumed run goes by the config: of the optimizer's settings, the checkpoint brought those of its own."""
+        if self.trainer.is_global_zero and (line := unbalanced(self)):
+            print(line, file=sys.stderr)
         earlier, self._earlier_optimizer = self._earlier_optimizer, None
         optimizer: Any = self.trainer.strategy.optimizers[0]
         for group, ways in zip(optimizer.param_groups, self._ways_to_step, strict=True):

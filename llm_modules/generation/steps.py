@@ -25,7 +25,9 @@ def read(hf: Any, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
 
 def _logits(hf: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """(B, V) logits after the last of the new ids."""
-    only = {"logits_to_keep": 1} if hf._supports_logits_to_keep() else {}
+    only: dict[str, Any] = {"logits_to_keep": 1} if hf._supports_logits_to_keep() else {}
+    if getattr(hf.config.get_text_config(), "output_router_logits", False):
+        only["output_router_logits"] = False  # its loss would want the routers of all positions, not of new ones
     outputs = hf(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **only)
     logits: Tensor = outputs.logits[:, -1]
     return logits

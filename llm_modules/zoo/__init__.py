@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llm_modules.zoo.estimate import ModelSummary, TokenFlops
     from llm_modules.zoo.memory import PeakMemory
     from llm_modules.zoo.opening import open_adapter, open_adapters
+    from llm_modules.zoo.routing import unbalanced
 
 _WHERE = {
     "Backbone": "backbone",
@@ -23,6 +24,7 @@ _WHERE = {
     "open_adapter": "opening",
     "open_adapters": "opening",
     "save_adapted": "adapted",
+    "unbalanced": "routing",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "open_adapter",
     "open_adapters",
     "save_adapted",
+    "unbalanced",
 ]
 
 

@@ -53,6 +53,22 @@ def routing_of(hf: PreTrainedModel) -> Routing | None:
     return Routing(float(coefficient), int(top_k))
 
 
+def unbalanced(module: Any) -> str | None:
+    """What is said of a module that trains a mixture of experts without its load-balancing loss; None: nothing is lost.
+
+    Args:
+        module: has its ``CausalLM`` in ``model`` and, if it adds the loss, a ``LoadBalance`` in ``_balance``.
+    """
+    model, name = module.model, type(module).__name__
+    if hasattr(module, "_balance") or model.routing is None or not model.routing.coefficient:
+        return None
+    key, coefficient = _coefficient(model.hf.config)
+    return (
+        f"model.backbone.config.{key}: {coefficient:g} is not part of what {name} trains: nothing balances the load "
+        "of the experts (LanguageModelModule has the term); set it to 0.0 to leave this line out"
+    )
+
+
 def check_routing(config: PretrainedConfig) -> list[str]:
     """What is wrong with the coefficient; one line each."""
     key, coefficient = _coefficient(config)

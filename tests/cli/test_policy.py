@@ -258,3 +258,18 @@ def test_another_objective_goes_on_only_between_iterations(capfd: pytest.Capture
         assert f"made with model.objective {grpo} (critics: none), now {kind}actor_critic.PPO (critics: reward)" in line
     for words in (other, held):
         assert main([*base, *words, *between]) == 0
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_mixture_of_experts_answers_and_says_what_is_left_out(cache: str, capfd: pytest.CaptureFixture[str]) -> None:
+    begin, end = RECIPE.index("{model_type: llama"), RECIPE.index("    rewards:")
+    experts = "num_local_experts: 4, output_router_logits: true, router_aux_loss_coef: 0.02"
+    config = RECIPE[begin:end].replace("llama", "mixtral").replace("}", f", {experts}}}")
+    Path("rl.yaml").write_text(RECIPE[:begin] + config + RECIPE[end:])
+    words = ["fit", "-c", "rl", "--trainer.max_steps", "4", "--model.generator.cache", cache]
+    assert main(words) == 0
+    said = "model.backbone.config.router_aux_loss_coef: 0.02 is not part of what PolicyModule trains"
+    assert capfd.readouterr().err.count(said) == 1
+    if cache == "dynamic":
+        assert main([*words, "--model.backbone.config.router_aux_loss_coef", "0.0"]) == 0
+        assert "router_aux_loss_coef: 0" not in capfd.readouterr().err
