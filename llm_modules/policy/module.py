@@ -227,11 +227,10 @@ class PolicyModule(LLMModule):
         """The policy and each critic: they share nothing, and a critic far off must not shrink the policy's step."""
         if not self.critics:
             return super().clipped_apart()
-        models = {
-            "": self.model,
-            **{f"_{name}": critic for name, critic in zip(self.critics.backbones, self.critics, strict=True)},
-        }
-        return {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
+        assert self.model is not None
+        names = ["", *(f"_{name}" for name in self.critics.backbones)]
+        models: list[Any] = [self.model, *self.critics]
+        return {name: [p for p in m.parameters() if p.requires_grad] for name, m in zip(names, models, strict=True)}
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
