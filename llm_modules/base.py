@@ -273,10 +273,8 @@ class LLMModule(Answering, LightningModule):
         if self.trainer.strategy.handles_gradient_accumulation:
             return
         unscale_gradients(optimizer, getattr(self.trainer.precision_plugin, "scaler", None))
-        by_norm, shard_group = (
-            gradient_clip_algorithm in (None, "norm"),
-            getattr(self.trainer.strategy, "shard_group", None),
-        )
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        shard_group = getattr(self.trainer.strategy, "shard_group", None)
         for name, parameters in self.clipped_apart().items():
             if norm is None or parameters is not None:
                 norm = gradient_norm(optimizer, shard_group, parameters)
