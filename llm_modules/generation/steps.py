@@ -15,6 +15,9 @@ from transformers.cache_utils import DynamicLayer
 MASKED = ("packed", "sdpa")
 """Attention functions that take a mask of booleans: ours, and torch's."""
 
+BLOCK = 64
+"""Positions that a growing cache grows by."""
+
 
 def read(hf: Any, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
     """(cache, (B, V) next logits) of prompts."""
@@ -47,7 +50,7 @@ def fixed_problem(hf: Any) -> str | None:
 
 
 class GrowingSteps:
-    """Keys and values are put together anew in each step.
+    """Keys and values grow, a block of positions at a time.
 
     Args:
         hf: transformers' model.
@@ -57,8 +60,12 @@ class GrowingSteps:
     """
 
     def __init__(self, hf: Any, cache: DynamicCache, mask: Tensor, size: int) -> None:
+        narrows = hf.config._attn_implementation in MASKED
         if size > 1:
             cache.batch_repeat_interleave(size)
+        for number, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer:
+                cache.layers[number] = _GrowingLayer(layer, narrows)
         self.hf, self.cache, self.mask = hf, cache, mask.repeat_interleave(size, 0)
 
     def __call__(self, token: Tensor) -> Tensor:
@@ -136,11 +143,54 @@ class FixedSteps:
         self._recorded = graph, logits
 
 
-class _FixedLayer(DynamicLayer):
-    """Room for ``length`` positions of ``size`` rows for each row of a layer that has read the prompts.
+def _multiplied(tensor: Tensor) -> torch.dtype:
+    """What attention makes of keys and values: held otherwise, autocast would narrow all of them in each step."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
-    It holds what attention multiplies: autocast would narrow all of it in each step.
+
+class _GrowingLayer(DynamicLayer):
+    """The keys and values of a layer that has read the prompts, with room for ``BLOCK`` positions more: transformers'
+    own copies all of them for each new one.
+
+    Args:
+        narrows: whether attention takes what it multiplies narrowed.
     """
+
+    def __init__(self, read: Any, narrows: bool) -> None:
+        super().__init__()
+        self.lazy_initialization(read.keys, read.values)
+        self._hold(*(t.to(_multiplied(t)) if narrows else t for t in (read.keys, read.values)))
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = self._rooms = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        known = self.get_seq_length()
+        length = known + key_states.shape[-2]
+        if length > self._rooms[0].shape[-2]:
+            keys, values = self._rooms
+            self._rooms = self._larger(keys, length), self._larger(values, length)
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, known:length] = states
+        self.keys, self.values = (room[:, :, :length] for room in self._rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        assert self.keys is not None
+        assert self.values is not None
+        self._hold(self.keys[indices], self.values[indices])
+
+    @staticmethod
+    def _larger(known: Tensor, length: int) -> Tensor:
+        rows, heads, positions, width = known.shape
+        room = known.new_empty(rows, heads, length - 1 + BLOCK, width)
+        room[:, :, :positions] = known
+        return room
+
+
+class _FixedLayer(DynamicLayer):
+    """Room for ``length`` positions of ``size`` rows for each row of a layer that has read the prompts."""
 
     def __init__(self, read: Any, place: Tensor, length: int, size: int) -> None:
         super().__init__()
@@ -151,10 +201,8 @@ class _FixedLayer(DynamicLayer):
     @staticmethod
     def _room(tensor: Tensor, length: int, size: int) -> Tensor:
         rows, heads, known, width = tensor.shape
-        device = tensor.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
         # Not empty: what is masked is still multiplied, by zero.
-        made = tensor.new_zeros(rows * size, heads, length, width, dtype=dtype)
+        made = tensor.new_zeros(rows * size, heads, length, width, dtype=_multiplied(tensor))
         made[:, :, :known] = tensor.repeat_interleave(size, 0)
         return made
 

@@ -12,7 +12,7 @@ import torch
 
 from llm_modules.generation import Generator
 from llm_modules.generation.rollout import GroupSampler
-from llm_modules.generation.steps import FixedSteps, fixed_problem, read
+from llm_modules.generation.steps import BLOCK, FixedSteps, GrowingSteps, fixed_problem, read
 from llm_modules.rollouts import Rollouts, policy_batch
 from llm_modules.tokenizer import load_tokenizer
 from llm_modules.zoo import Backbone
@@ -155,6 +155,39 @@ def test_alibi_is_made_of_another_mask() -> None:
         config = FalconConfig(**sizes, alibi=alibi, attn_implementation="sdpa")
         found = fixed_problem(FalconForCausalLM(config))
         assert found == ("FalconForCausalLM makes its positions (alibi) of another mask" if alibi else None)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llama", "packed"), ("llama", "eager"), ("gemma2", "packed"), ("gemma2", "eager")]
+)
+def test_a_growing_cache_is_as_transformers_own(family: str, attention: str, mixed: bool) -> None:
+    """Over more positions than it grows by at once, with rows that leave on the way; in bf16 it holds no fp32."""
+    model, _ = built(family, attention=attention)
+    ids, mask, kept = torch.arange(4, 14).view(2, 5), torch.ones(2, 5, dtype=torch.int64), torch.tensor([0, 1, 3])
+    mask[1, :2] = 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        steps = GrowingSteps(model.hf, read(model.hf, ids, mask)[0], mask, 2)
+        own, mask = read(model.hf, ids, mask)[0], mask.repeat_interleave(2, 0)
+        own.batch_repeat_interleave(2)
+        for step in range(2 * BLOCK + 4):
+            if step in (3, BLOCK + 2):
+                rows = kept[: len(mask) - 1]
+                steps.keep(rows)
+                own.batch_select_indices(rows)
+                mask = mask[rows]
+            token = torch.arange(len(mask)) + step
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = mask.sum(-1, keepdim=True) - 1
+            wanted = model.hf(
+                token[:, None], attention_mask=mask, position_ids=positions, past_key_values=own, use_cache=True
+            )
+            found = steps(token)
+            assert torch.equal(found, wanted.logits[:, -1]), step
+    if attention == "packed":
+        layers = [layer for layer in steps.cache.layers if not layer.is_sliding]
+        assert layers
+        assert {layer.keys.dtype for layer in layers} == {torch.bfloat16 if mixed else torch.float32}
 
 
 def test_steps_are_gone_when_they_are_over() -> None:
