@@ -14,6 +14,8 @@ from torch import Tensor
 
 _BLOCK = 128
 """Queries scored at once: of 64 to 1024 the fastest on a CPU (docs/decisions.md), and what bounds the memory."""
+_SMALL = 128 * 128
+"""Scores of a block of a head that a CPU computes in fp32 (see ``_wide``)."""
 
 
 @torch.library.custom_op("litrecipes::document_attention", mutates_args=())
@@ -45,8 +47,9 @@ def document_attention(
     rows, kv_heads, group, length, _ = query.shape
     out = query.new_empty(rows, length, kv_heads, group, value.shape[-1])
     for part, seen, blocked in _blocks(query, offsets, key_offsets, window):
-        probs, _ = _probabilities(_rows(query, part) * scale, key[:, seen], blocked, group, softcap)
-        heads = torch.bmm(probs, value[:, seen]).view(rows, kv_heads, group, part.stop - part.start, -1)
+        queries, keys, values = _wide(_rows(query, part), key[:, seen], value[:, seen])
+        probs, _ = _probabilities(queries * scale, keys, blocked, group, softcap)
+        heads = torch.bmm(probs, values).view(rows, kv_heads, group, part.stop - part.start, -1)
         out[:, part] = heads.permute(0, 3, 1, 2, 4)
     return out.flatten(2, 3)
 
@@ -84,14 +87,15 @@ def document_attention_backward(
     grad_query = query.new_empty(rows, length, kv_heads, group, size)
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
     for part, seen, blocked in _blocks(query, offsets, key_offsets, window):
-        scaled, upstream = _rows(query, part) * scale, _rows(grad, part)
-        probs, slope = _probabilities(scaled, key[:, seen], blocked, group, softcap)
+        queries, keys, values, upstream = _wide(_rows(query, part), key[:, seen], value[:, seen], _rows(grad, part))
+        scaled = queries * scale
+        probs, slope = _probabilities(scaled, keys, blocked, group, softcap)
         grad_value[:, seen] += torch.bmm(probs.mT, upstream)
-        grad_probs = torch.bmm(upstream, value[:, seen].mT)
+        grad_probs = torch.bmm(upstream, values.mT)
         grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
         if slope is not None:
             grad_scores.mul_(slope)
-        heads = torch.bmm(grad_scores, key[:, seen]).mul_(scale)
+        heads = torch.bmm(grad_scores, keys).mul_(scale)
         grad_query[:, part] = heads.view(rows, kv_heads, group, part.stop - part.start, size).permute(0, 3, 1, 2, 4)
         grad_key[:, seen] += torch.bmm(grad_scores.mT, scaled)
     grad_key, grad_value = (
@@ -137,6 +141,14 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 def _rows(query_BKGND: Tensor, part: slice) -> Tensor:
     """The queries of a block as (B * K, G * block, D)."""
     return query_BKGND[:, :, :, part].flatten(0, 1).flatten(1, 2)
+
+
+def _wide(queries: Tensor, keys: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """In fp32, where a block is small and a CPU would multiply it in 16 bits: a kernel is compiled then for each shape,
+    and short documents have ever new ones, each of which takes ten times as long as its products in fp32."""
+    tensors = queries, keys, *others
+    small = queries.shape[1] * keys.shape[1] <= _SMALL and queries.device.type == "cpu"
+    return tuple(t.float() for t in tensors) if small and queries.dtype.itemsize == 2 else tensors
 
 
 def _blocks(

@@ -129,6 +129,22 @@ def test_half_precision_is_as_near_as_torchs_own() -> None:
     assert (got - exact).norm() <= 2 * (own - exact).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_short_documents_are_rounded_once(dtype: torch.dtype, softcap: float | None) -> None:
+    """A CPU computes them in fp32: outputs and gradients are those of fp32, and no score or probability is rounded."""
+    offsets = torch.tensor([0, 1, 4, 67, 131], dtype=torch.int32)
+    half = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors(1, 131)]
+    wide = [tensor.detach().float().requires_grad_() for tensor in half]
+    found, wanted = (document_attention(*inputs, offsets, 0.3, None, softcap) for inputs in (half, wide))
+    assert torch.equal(found, wanted.to(dtype))
+    upstream = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, half, upstream), torch.autograd.grad(wanted, wide, upstream.float()), strict=True
+    ):
+        assert torch.equal(one, other.to(dtype))
+
+
 def test_operator_is_registered_right() -> None:
     """Schema, fake tensors, autograd and dynamic shapes, by torch's own checks."""
     offsets = torch.tensor([0, 3, 10, 17], dtype=torch.int32)
