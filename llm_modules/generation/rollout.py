@@ -19,7 +19,7 @@ from torch import Tensor
 from llm_modules.generation.completion import Detokenizer, cut
 from llm_modules.generation.decoding import Decoder
 from llm_modules.generation.processors import RepetitionPenalty, SeededSampler
-from llm_modules.generation.steps import FixedSteps, GrowingSteps, fixed_problem, read
+from llm_modules.generation.steps import FixedSteps, GrowingSteps, fixed_problem, read, repeatable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ class GroupSampler(Decoder):
             problem = "the model has virtual tokens in front, which are not sampled from in groups; use another adapter"
         elif "position_ids" not in inspect.signature(self.hf.forward).parameters:
             problem = f"{type(self.hf).__name__} takes no position_ids; use another family"
-        elif getattr(self.hf, "_is_stateful", False):
+        elif getattr(self.hf, "_is_stateful", False) or not repeatable(self.hf):
             problem = f"{type(self.hf).__name__} keeps a state that is no cache of keys and values; use another family"
         elif settings.cache == "static" and (found := fixed_problem(self.hf)) is not None:
             problem = f"cache: static: {found}; use dynamic"

@@ -36,6 +36,11 @@ def _logits(hf: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -
     return logits
 
 
+def repeatable(hf: Any) -> bool:
+    """Whether each layer's memory of a prompt can be given to several rows (that of a convolution cannot)."""
+    return all(hasattr(layer, "batch_repeat_interleave") for layer in DynamicCache(config=hf.config).layers)
+
+
 def fixed_problem(hf: Any) -> str | None:
     """Why ``FixedSteps`` are not for a model, or None: they give it a mask of booleans over all positions."""
     kind, config = type(hf).__name__, hf.config
@@ -64,7 +69,7 @@ class GrowingSteps:
         if size > 1:
             cache.batch_repeat_interleave(size)
         for number, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer:
+            if type(layer) is DynamicLayer and layer.get_seq_length():  # one that has another's keys holds none
                 cache.layers[number] = _GrowingLayer(layer, narrows)
         self.hf, self.cache, self.mask = hf, cache, mask.repeat_interleave(size, 0)
 
@@ -172,8 +177,8 @@ class _GrowingLayer(DynamicLayer):
             keys, values = self._rooms
             self._rooms = self._larger(keys, length), self._larger(values, length)
         for room, states in zip(self._rooms, (key_states, value_states), strict=True):
-            room[:, :, known:length] = states
-        self.keys, self.values = (room[:, :, :length] for room in self._rooms)
+            room[..., known:length, :] = states
+        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -183,9 +188,9 @@ class _GrowingLayer(DynamicLayer):
 
     @staticmethod
     def _larger(known: Tensor, length: int) -> Tensor:
-        rows, heads, positions, width = known.shape
-        room = known.new_empty(rows, heads, length - 1 + BLOCK, width)
-        room[:, :, :positions] = known
+        *rows, positions, width = known.shape
+        room = known.new_empty(*rows, length - 1 + BLOCK, width)
+        room[..., :positions, :] = known
         return room
 
 

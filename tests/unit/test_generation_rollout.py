@@ -147,6 +147,15 @@ def test_models_without_a_fixed_cache(family: str, attention: str, said: str) ->
         sample(model, tokenizer, Generator(strategy="sample", max_new_tokens=4, cache="static"))
 
 
+def test_what_keeps_more_than_keys_and_values_is_refused() -> None:
+    config = {name: value for name, value in TINY.items() if name != "head_dim"}
+    config |= {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
+    tokenizer = load_tokenizer("builtin:bytes")
+    model = Backbone(config=config).build(tokenizer=tokenizer, sequence_length=96, seed=0)
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM keeps a state that is no cache of keys and values"):
+        sample(model, tokenizer, Generator(strategy="sample", max_new_tokens=4))
+
+
 def test_alibi_is_made_of_another_mask() -> None:
     from transformers import FalconConfig, FalconForCausalLM
 
