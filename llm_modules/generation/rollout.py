@@ -143,10 +143,8 @@ class GroupSampler(Decoder):
         """(steps, mask, ids, next logits) of the prompts, each read once and then repeated for its answers."""
         ids, mask = self._padded(prompts)
         cache, logits = read(self.hf, ids, mask)
-        if self.settings.cache == "static":
-            steps: GrowingSteps | FixedSteps = FixedSteps(self.hf, cache, mask, size, self.settings.max_new_tokens - 1)
-        else:
-            steps = GrowingSteps(self.hf, cache, mask, size)
+        kind: type[GrowingSteps | FixedSteps] = FixedSteps if self.settings.cache == "static" else GrowingSteps
+        steps = kind(self.hf, cache, mask, size, self.settings.max_new_tokens - 1)
         mask, ids, logits = (tensor.repeat_interleave(size, 0) for tensor in (mask, ids, logits))
         return steps, mask, ids, logits
 

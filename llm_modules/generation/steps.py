@@ -62,15 +62,16 @@ class GrowingSteps:
         cache: of the prompts.
         mask: (B, T) int64, 1 where a prompt is.
         size: rows that each prompt becomes, next to one another.
+        steps: most tokens that will follow.
     """
 
-    def __init__(self, hf: Any, cache: DynamicCache, mask: Tensor, size: int) -> None:
+    def __init__(self, hf: Any, cache: DynamicCache, mask: Tensor, size: int, steps: int) -> None:
         narrows = hf.config._attn_implementation in MASKED
         if size > 1:
             cache.batch_repeat_interleave(size)
         for number, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer and layer.get_seq_length():  # one that has another's keys holds none
-                cache.layers[number] = _GrowingLayer(layer, narrows)
+                cache.layers[number] = _GrowingLayer(layer, narrows, mask.shape[1] + steps)
         self.hf, self.cache, self.mask = hf, cache, mask.repeat_interleave(size, 0)
 
     def __call__(self, token: Tensor) -> Tensor:
@@ -89,10 +90,7 @@ class FixedSteps:
     """Keys and values have their place from the beginning, and steps are all alike: on a GPU a step is recorded as a
     CUDA graph and replayed, for Python cannot launch the kernels of a token as fast as they are done.
 
-    Arguments: as of ``GrowingSteps``, and
-
-    Args:
-        steps: most tokens that will follow.
+    Arguments: as of ``GrowingSteps``.
     """
 
     def __init__(self, hf: Any, cache: DynamicCache, mask: Tensor, size: int, steps: int) -> None:
@@ -160,10 +158,12 @@ class _GrowingLayer(DynamicLayer):
 
     Args:
         narrows: whether attention takes what it multiplies narrowed.
+        most: positions that there will be in the end, at most.
     """
 
-    def __init__(self, read: Any, narrows: bool) -> None:
+    def __init__(self, read: Any, narrows: bool, most: int) -> None:
         super().__init__()
+        self.most = most
         self.lazy_initialization(read.keys, read.values)
         self._hold(*(t.to(_multiplied(t)) if narrows else t for t in (read.keys, read.values)))
 
@@ -175,7 +175,7 @@ class _GrowingLayer(DynamicLayer):
         length = known + key_states.shape[-2]
         if length > self._rooms[0].shape[-2]:
             keys, values = self._rooms
-            self._rooms = self._larger(keys, length), self._larger(values, length)
+            self._rooms = self._larger(keys, known), self._larger(values, known)
         for room, states in zip(self._rooms, (key_states, value_states), strict=True):
             room[..., known:length, :] = states
         self.keys, self.values = (room[..., :length, :] for room in self._rooms)
@@ -186,12 +186,11 @@ class _GrowingLayer(DynamicLayer):
         assert self.values is not None
         self._hold(self.keys[indices], self.values[indices])
 
-    @staticmethod
-    def _larger(known: Tensor, length: int) -> Tensor:
-        *rows, positions, width = known.shape
-        room = known.new_empty(*rows, length - 1 + BLOCK, width)
-        room[..., :positions, :] = known
-        return room
+    def _larger(self, room: Tensor, known: int) -> Tensor:
+        *rows, _, width = room.shape
+        larger = room.new_empty(*rows, min(known + BLOCK, self.most), width)
+        larger[..., :known, :] = room
+        return larger
 
 
 class _FixedLayer(DynamicLayer):

@@ -176,7 +176,7 @@ def test_a_growing_cache_is_as_transformers_own(family: str, attention: str, mix
     ids, mask, kept = torch.arange(4, 14).view(2, 5), torch.ones(2, 5, dtype=torch.int64), torch.tensor([0, 1, 3])
     mask[1, :2] = 0
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        steps = GrowingSteps(model.hf, read(model.hf, ids, mask)[0], mask, 2)
+        steps = GrowingSteps(model.hf, read(model.hf, ids, mask)[0], mask, 2, 2 * BLOCK + 4)
         own, mask = read(model.hf, ids, mask)[0], mask.repeat_interleave(2, 0)
         own.batch_repeat_interleave(2)
         for step in range(2 * BLOCK + 4):
